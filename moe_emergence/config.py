@@ -1,0 +1,326 @@
+"""The configuration of a run: frozen dataclasses, checked when they are made.
+
+The docstring under each field is its command-line help. Every field is a flag of the same name
+(`max_steps` is `--max-steps`); a `ValueError` names the flag, what was given and what to change.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from moe_emergence.moe.dispatch import DispatchName
+
+DOMAINS = ("code", "math", "prose")
+
+T = TypeVar("T")
+
+
+def check(condition: bool, flag: str, given: object, change: str) -> None:
+    """Raise the `ValueError` every bad setting raises: the flag, what was given, what to change."""
+    if not condition:
+        raise ValueError(f"{flag} {given}: {change}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Model: where the dense weights come from and which layers become mixtures of experts."""
+
+    base: str = "gpt2"
+    """Dense base: a hub id (gpt2), a folder with a GPT-2 model, or "scratch" to pretrain one here."""
+    n_layer: int = 12
+    """Transformer layers of a base made from scratch."""
+    n_embd: int = 768
+    """Model width H of a base made from scratch."""
+    n_head: int = 12
+    """Attention heads of a base made from scratch."""
+    dropout: float = 0.0
+    """Dropout probability in embeddings, attention and residuals (0 keeps runs independent of how the batch is split over processes)."""
+    moe_layers: tuple[int, ...] = (8, 9, 10, 11)
+    """Layers whose MLP becomes a mixture of experts; none trains the dense model."""
+    num_experts: int = 8
+    """Experts per converted layer."""
+    top_k: int = 1
+    """Experts per token."""
+    upcycle_noise: float = 1e-3
+    """Noise added to every copied expert parameter, in units of that parameter's standard deviation."""
+    router: Literal["learned", "frozen", "hash"] = "learned"
+    """Router: learned, or one of the null models: frozen (random, never trained) or hash (of the token id)."""
+    expert_bias_rate: float = 0.0
+    """Step of the loss-free balancing bias, used for selection only (arXiv 2408.15664); 0 turns it off."""
+
+    def __post_init__(self) -> None:
+        check(self.n_layer >= 1, "--n-layer", self.n_layer, "give at least 1")
+        check(self.n_head >= 1, "--n-head", self.n_head, "give at least 1")
+        check(
+            self.n_embd >= 1 and self.n_embd % self.n_head == 0,
+            "--n-embd",
+            self.n_embd,
+            f"give a multiple of --n-head ({self.n_head})",
+        )
+        check(0 <= self.dropout < 1, "--dropout", self.dropout, "give a probability in [0, 1)")
+        check(self.num_experts >= 1, "--num-experts", self.num_experts, "give at least 1")
+        check(
+            1 <= self.top_k <= self.num_experts,
+            "--top-k",
+            self.top_k,
+            f"give a number from 1 to --num-experts ({self.num_experts})",
+        )
+        check(self.upcycle_noise >= 0, "--upcycle-noise", self.upcycle_noise, "give 0 or more")
+        check(
+            self.expert_bias_rate >= 0, "--expert-bias-rate", self.expert_bias_rate, "give 0 or more"
+        )
+        check(
+            len(set(self.moe_layers)) == len(self.moe_layers),
+            "--moe-layers",
+            list(self.moe_layers),
+            "name each layer once",
+        )
+        if self.base == "scratch":
+            check_layers_exist(self.moe_layers, self.n_layer)
+
+
+def check_layers_exist(moe_layers: tuple[int, ...], num_layers: int) -> None:
+    """Refuse layers that a model of `num_layers` layers does not have."""
+    outside = [layer for layer in moe_layers if not 0 <= layer < num_layers]
+    check(
+        not outside,
+        "--moe-layers",
+        list(moe_layers),
+        f"the model has layers 0 to {num_layers - 1}, not {outside}",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data: where the three domains come from and how they become blocks of tokens."""
+
+    data: str = "hub"
+    """Source: "embedded" (text that ships with Python packages), "hub" (Hugging Face), or a folder with one file or sub-folder per domain."""
+    size_mb: float = 10.0
+    """Text to read per domain, in megabytes (10^6 bytes of UTF-8)."""
+    block_size: int = 512
+    """Tokens per training sequence."""
+    balance_tokens: bool = True
+    """Give every domain the same number of training blocks (shuffle, then truncate)."""
+    tokenizer: str = "gpt2"
+    """Tokenizer: "gpt2" (from the hub), a folder with a tokenizer, or "train" (byte-level BPE on the train split)."""
+    vocab_size: int = 4096
+    """Vocabulary of a tokenizer trained here, end-of-text token included."""
+    text_field: str = "text"
+    """Field that holds the text in jsonl and parquet files of a data folder."""
+    hub_revision: tuple[str, ...] = ()
+    """Hub revisions as domain=revision, for example code=main; a domain not named uses its default."""
+    cache_dir: str = ".cache"
+    """Folder for everything that is downloaded or trained once and reused."""
+
+    def __post_init__(self) -> None:
+        check(self.size_mb > 0, "--size-mb", self.size_mb, "give a positive number of megabytes")
+        check(self.block_size >= 2, "--block-size", self.block_size, "give at least 2 tokens")
+        check(
+            self.vocab_size >= 257,
+            "--vocab-size",
+            self.vocab_size,
+            "give at least 257 (256 bytes and the end-of-text token)",
+        )
+        check(bool(self.data), "--data", repr(self.data), 'give "embedded", "hub" or a folder')
+        for pair in self.hub_revision:
+            domain, separator, revision = pair.partition("=")
+            check(
+                domain in DOMAINS and bool(separator) and bool(revision),
+                "--hub-revision",
+                pair,
+                f"give domain=revision with a domain from {', '.join(DOMAINS)}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimisation: steps, batch, learning rate and the auxiliary losses."""
+
+    max_steps: int = 10_000
+    """Optimizer steps."""
+    batch_size: int = 2
+    """Sequences per micro-batch and process."""
+    grad_accum_steps: int = 4
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 5e-5
+    """Peak learning rate of AdamW."""
+    weight_decay: float = 0.01
+    """AdamW weight decay, on matrices only."""
+    warmup_fraction: float = 0.1
+    """Part of the steps over which the learning rate rises linearly; a cosine to zero follows."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm."""
+    lb_coef: float = 0.01
+    """Weight of the load-balancing loss."""
+    z_coef: float = 0.001
+    """Weight of the router z-loss."""
+    balance_scope: Literal["global", "micro"] = "global"
+    """Batch the balance loss counts over: the whole optimizer step over all processes, or each micro-batch by itself."""
+    noise_std: float = 0.1
+    """Standard deviation of the router noise at step 0 (training only)."""
+    noise_anneal_fraction: float = 0.25
+    """Part of the steps over which the router noise falls linearly to zero."""
+    precision: Literal["fp32", "bf16", "auto"] = "auto"
+    """Arithmetic of the forward and backward pass; auto is bf16 on GPUs that have it and fp32 elsewhere."""
+    pretrain_steps: int = 0
+    """Dense steps before upcycling when --base scratch."""
+    pretrain_learning_rate: float = 1e-3
+    """Peak learning rate of those dense steps."""
+    compare_dense: bool = False
+    """Also train the dense base on for the same steps on the same data, and compare per domain."""
+
+    def __post_init__(self) -> None:
+        for flag, steps, least in (
+            ("--max-steps", self.max_steps, 1),
+            ("--batch-size", self.batch_size, 1),
+            ("--grad-accum-steps", self.grad_accum_steps, 1),
+            ("--pretrain-steps", self.pretrain_steps, 0),
+        ):
+            check(steps >= least, flag, steps, f"give at least {least}")
+        for flag, value in (
+            ("--learning-rate", self.learning_rate),
+            ("--pretrain-learning-rate", self.pretrain_learning_rate),
+            ("--max-grad-norm", self.max_grad_norm),
+        ):
+            check(value > 0, flag, value, "give a positive number")
+        for flag, value in (
+            ("--weight-decay", self.weight_decay),
+            ("--lb-coef", self.lb_coef),
+            ("--z-coef", self.z_coef),
+            ("--noise-std", self.noise_std),
+        ):
+            check(value >= 0, flag, value, "give 0 or more")
+        for flag, value in (
+            ("--warmup-fraction", self.warmup_fraction),
+            ("--noise-anneal-fraction", self.noise_anneal_fraction),
+        ):
+            check(0 <= value <= 1, flag, value, "give a fraction from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """Monitoring: evaluation, checkpoints, router metrics and the collapse detector."""
+
+    eval_every: int = 500
+    """Steps between evaluations (the first and the last step are always evaluated)."""
+    eval_blocks: int = 0
+    """Evaluation blocks per domain; 0 uses all of them."""
+    save_every: int = 500
+    """Steps between checkpoints (the last step is always saved)."""
+    keep_last_k: int = 3
+    """Checkpoints to keep."""
+    log_every: int = 10
+    """Steps between writes of the metrics (every step has a row)."""
+    log_router_every: int = 100
+    """Steps between rows with every expert's fraction and every layer's entropy."""
+    collapse_threshold: float = 0.6
+    """Share of a layer's assignments above which one expert counts as collapsed."""
+    collapse_checks: int = 3
+    """Checks in a row above the threshold that make a collapse."""
+    collapse_every: int = 100
+    """Steps between collapse checks."""
+    collapse_early_stop: bool = False
+    """End the run at a collapse, with status collapsed."""
+    track: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    """Where metrics go besides metrics.jsonl; a tracker that fails warns and never stops training."""
+
+    def __post_init__(self) -> None:
+        for flag, value in (
+            ("--eval-every", self.eval_every),
+            ("--save-every", self.save_every),
+            ("--keep-last-k", self.keep_last_k),
+            ("--log-every", self.log_every),
+            ("--log-router-every", self.log_router_every),
+            ("--collapse-checks", self.collapse_checks),
+            ("--collapse-every", self.collapse_every),
+        ):
+            check(value >= 1, flag, value, "give at least 1")
+        check(self.eval_blocks >= 0, "--eval-blocks", self.eval_blocks, "give 0 (all) or more")
+        check(
+            0 < self.collapse_threshold <= 1,
+            "--collapse-threshold",
+            self.collapse_threshold,
+            "give a fraction above 0 and at most 1",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run: its name, place, seed and device."""
+
+    preset: str
+    """Name of the preset the settings start from."""
+    run_name: str
+    """Name of the run; its folder is OUTPUT_DIR/RUN_NAME."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders."""
+    resume: str | None = None
+    """Continue a run: "auto" takes the newest checkpoint of this run name if there is one, or give a checkpoint folder."""
+    stop_after: int | None = None
+    """End cleanly after this step, as an interruption would; --resume auto goes on from there."""
+    seed: int = 42
+    """Seed of everything random."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda where there is one."""
+    dispatch: DispatchName = "auto"
+    """Path from tokens to experts and back; all of them compute the same."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            bool(self.run_name) and "/" not in self.run_name and self.run_name not in (".", ".."),
+            "--run-name",
+            repr(self.run_name),
+            "give a plain folder name",
+        )
+        check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
+        check(
+            self.stop_after is None or self.stop_after >= 1,
+            "--stop-after",
+            self.stop_after,
+            "give at least 1",
+        )
+        check(
+            self.model.base != "scratch" or not self.model.moe_layers or self.optim.pretrain_steps > 0,
+            "--pretrain-steps",
+            self.optim.pretrain_steps,
+            "upcycling a base made from scratch needs dense steps first; give at least 1",
+        )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as JSON-ready dictionaries (tuples become lists)."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+    result: dict[str, Any] = plain(config)
+    return result
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """Rebuild a configuration dataclass; unknown or missing names raise `ValueError`."""
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(values.keys() - hints.keys())
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
+    missing = sorted(hints.keys() - values.keys())
+    if missing:
+        raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}")
+    kwargs: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            kwargs[name] = from_dict(hint, value)
+        elif typing.get_origin(hint) is tuple:
+            kwargs[name] = tuple(value)
+        else:
+            kwargs[name] = value
+    return cls(**kwargs)

@@ -1,0 +1,3 @@
+"""placeholder"""
+from typing import Literal
+DispatchName = Literal["auto", "sequential", "grouped", "fused", "megablocks"]
