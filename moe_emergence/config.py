@@ -68,7 +68,10 @@ class ModelConfig:
         )
         check(self.upcycle_noise >= 0, "--upcycle-noise", self.upcycle_noise, "give 0 or more")
         check(
-            self.expert_bias_rate >= 0, "--expert-bias-rate", self.expert_bias_rate, "give 0 or more"
+            self.expert_bias_rate >= 0,
+            "--expert-bias-rate",
+            self.expert_bias_rate,
+            "give 0 or more",
         )
         check(
             len(set(self.moe_layers)) == len(self.moe_layers),
@@ -286,7 +289,9 @@ class RunConfig:
             "give at least 1",
         )
         check(
-            self.model.base != "scratch" or not self.model.moe_layers or self.optim.pretrain_steps > 0,
+            self.model.base != "scratch"
+            or not self.model.moe_layers
+            or self.optim.pretrain_steps > 0,
             "--pretrain-steps",
             self.optim.pretrain_steps,
             "upcycling a base made from scratch needs dense steps first; give at least 1",

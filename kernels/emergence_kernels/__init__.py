@@ -1,0 +1,17 @@
+"""Operators of a mixture-of-experts layer, each with a plain-torch twin in `reference`.
+
+Letters: T tokens, H model width, F expert width, E experts, K experts per token, S = T*K rows.
+"""
+
+from emergence_kernels.expert_mlp import expert_mlp
+from emergence_kernels.grouped_gemm import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
+from emergence_kernels.permutation import Permutation, sort_by_expert
+
+__all__ = [
+    "Permutation",
+    "expert_mlp",
+    "grouped_gemm",
+    "grouped_gemm_dw",
+    "grouped_gemm_dx",
+    "sort_by_expert",
+]

@@ -1,0 +1,92 @@
+"""Matrix products over rows grouped by expert: one weight per group, groups of any size.
+
+Letters: S rows sorted by expert, E experts, I input width, O output width. Weights are (E, I, O).
+bf16 on CUDA runs as one `torch.nn.functional.grouped_mm`; everything else runs one product per
+expert, written straight into its place in the result.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def _one_launch(x: Tensor, *widths: int) -> bool:
+    # grouped_mm's CUDA fast path is bf16 with 16-byte rows; other dtypes loop inside it and sync
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(width % 8 == 0 for width in widths)
+
+
+def _groups(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
+    bounds = expert_offsets.tolist()
+    return [
+        (e, a, b) for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)) if b > a
+    ]
+
+
+def grouped_gemm(
+    x_SI: Tensor, w_EIO: Tensor, expert_offsets: Tensor, bias_EO: Tensor | None = None
+) -> Tensor:
+    """`x[rows of e] @ w[e] + bias[e]` for every expert e.
+
+    Args:
+        x_SI: (S, I), rows sorted by expert.
+        w_EIO: (E, I, O), same dtype as x.
+        expert_offsets: (E+1,) int32, as in `Permutation`.
+        bias_EO: (E, O) or None.
+
+    Returns:
+        (S, O) in the dtype of x, accumulated in at least fp32.
+    """
+    if _one_launch(x_SI, x_SI.shape[1], w_EIO.shape[2]):
+        y_SO = functional.grouped_mm(x_SI, w_EIO, offs=expert_offsets[1:])
+        return (
+            y_SO if bias_EO is None else y_SO + rows_of_experts(bias_EO, expert_offsets, len(y_SO))
+        )
+    y_SO = x_SI.new_empty(x_SI.shape[0], w_EIO.shape[2])
+    for e, a, b in _groups(expert_offsets):
+        if bias_EO is None:
+            torch.mm(x_SI[a:b], w_EIO[e], out=y_SO[a:b])
+        else:
+            torch.addmm(bias_EO[e], x_SI[a:b], w_EIO[e], out=y_SO[a:b])
+    return y_SO
+
+
+def grouped_gemm_dx(dy_SO: Tensor, w_EIO: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Gradient (S, I) of the rows: `dy[rows of e] @ w[e].T` for every expert e."""
+    if _one_launch(dy_SO, w_EIO.shape[1], w_EIO.shape[2]):
+        return functional.grouped_mm(dy_SO, w_EIO.transpose(1, 2), offs=expert_offsets[1:])
+    dx_SI = dy_SO.new_empty(dy_SO.shape[0], w_EIO.shape[1])
+    for e, a, b in _groups(expert_offsets):
+        torch.mm(dy_SO[a:b], w_EIO[e].t(), out=dx_SI[a:b])
+    return dx_SI
+
+
+def grouped_gemm_dw(x_SI: Tensor, dy_SO: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Gradient (E, I, O) of the weights: `x[rows of e].T @ dy[rows of e]`; 0 for an empty expert."""
+    if _one_launch(x_SI, x_SI.shape[1], dy_SO.shape[1]):
+        return functional.grouped_mm(x_SI.t(), dy_SO, offs=expert_offsets[1:])
+    bounds = expert_offsets.tolist()
+    dw_EIO = x_SI.new_empty(len(bounds) - 1, x_SI.shape[1], dy_SO.shape[1])
+    for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])
+    return dw_EIO
+
+
+def grouped_sum(y_SO: Tensor, expert_offsets: Tensor) -> Tensor:
+    """Sum (E, O) of the rows of every expert (the gradient of a bias), without atomics."""
+    num_experts = expert_offsets.numel() - 1
+    if y_SO.is_cuda:
+        row_S = torch.arange(y_SO.shape[0], device=y_SO.device)
+        member_ES = (row_S >= expert_offsets[:-1, None]) & (row_S < expert_offsets[1:, None])
+        return member_ES.to(y_SO.dtype) @ y_SO
+    sums_EO = y_SO.new_empty(num_experts, y_SO.shape[1])
+    bounds = expert_offsets.tolist()
+    for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        torch.sum(y_SO[a:b], dim=0, out=sums_EO[e])
+    return sums_EO
+
+
+def rows_of_experts(per_expert_EO: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
+    """(S, O): the row of each sorted row's expert."""
+    row_S = torch.arange(num_rows, device=per_expert_EO.device, dtype=expert_offsets.dtype)
+    expert_S = torch.searchsorted(expert_offsets[1:].contiguous(), row_S, right=True)
+    return per_expert_EO[expert_S]

@@ -1,0 +1,50 @@
+"""Configuration of a GPT-2 with mixture-of-experts layers."""
+
+from transformers import GPT2Config
+
+
+class MoEGPT2Config(GPT2Config):
+    """A `GPT2Config` that also says which layers are mixtures of experts.
+
+    Attributes:
+        moe_layers: indices of the layers whose MLP is a mixture.
+        num_experts: E.
+        num_experts_per_tok: K.
+        router: "learned", "frozen" or "hash", see `moe_emergence.moe.routing`.
+        use_expert_bias: routers carry a selection-only bias.
+        lb_coef, z_coef: weights of the balance and z losses in the output's `loss`.
+
+    The dispatcher is no part of it: it changes how fast the model runs, not what it computes.
+    """
+
+    model_type = "moe_gpt2"
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads a plain class attribute
+        "past_key_values",
+        "lm_loss",
+        "lb_loss",
+        "z_loss",
+        "router_decisions",
+    ]
+
+    moe_layers: list[int] | tuple[int, ...] = ()
+    num_experts: int = 8
+    num_experts_per_tok: int = 1
+    router: str = "learned"
+    use_expert_bias: bool = False
+    lb_coef: float = 0.01
+    z_coef: float = 0.001
+
+    def __post_init__(self, **kwargs: object) -> None:
+        super().__post_init__(**kwargs)
+        self.moe_layers = sorted(self.moe_layers)
+        outside = [i for i in self.moe_layers if not 0 <= i < self.n_layer]
+        if outside:
+            raise ValueError(
+                f"moe_layers {self.moe_layers}: the model has layers 0 to {self.n_layer - 1}, "
+                f"not {outside}"
+            )
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok}: give a number from 1 to "
+                f"num_experts ({self.num_experts})"
+            )

@@ -1,0 +1,287 @@
+"""GPT-2 with mixture-of-experts layers, as a Hugging Face model.
+
+Parameters have GPT-2's names; a converted layer has `mlp.router` and `mlp.experts` in place of
+`mlp.c_fc` and `mlp.c_proj`. Letters: B sequences, L tokens each, H model width, V vocabulary.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, GPT2Config, GPT2PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from moe_emergence.models.configuration import MoEGPT2Config
+from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise, auxiliary_losses
+from moe_emergence.moe.dispatch import get_dispatcher
+from moe_emergence.moe.experts import Experts
+from moe_emergence.moe.routing import TopKRouter
+
+
+@dataclass
+class MoEModelOutput(ModelOutput):
+    """Hidden states (B, L, H), the cache, and one `RouterDecision` per mixture layer."""
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_decisions: tuple[RouterDecision, ...] | None = None
+
+
+@dataclass
+class MoECausalLMOutput(ModelOutput):
+    """Logits and losses.
+
+    With labels, `loss` is `lm_loss + lb_coef * lb_loss + z_coef * z_loss`; compare models on
+    `lm_loss`. `router_decisions` holds one decision per mixture layer, over the B*L tokens.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    lm_loss: Tensor | None = None
+    lb_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_decisions: tuple[RouterDecision, ...] | None = None
+
+
+class MoEGPT2Block(GradientCheckpointingLayer):
+    """GPT-2's block; its MLP is dense or a mixture of experts."""
+
+    def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.n_inner or 4 * config.hidden_size
+        self.layer_idx = layer_idx
+        self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.attn = GPT2Attention(config, layer_idx=layer_idx)
+        self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.mlp: GPT2MLP | MoELayer
+        if layer_idx in config.moe_layers:
+            self.mlp = MoELayer(
+                width,
+                inner,
+                config.num_experts,
+                config.num_experts_per_tok,
+                router=config.router,
+                use_expert_bias=config.use_expert_bias,
+                layer=layer_idx,
+            )
+            self.dropout = nn.Dropout(config.resid_pdrop)
+        else:
+            self.mlp = GPT2MLP(inner, config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        router_noise: RouterNoise | None = None,
+        token_ids: Tensor | None = None,
+        **kwargs: object,
+    ) -> tuple[Tensor, RouterDecision | None]:
+        """Hidden states (B, L, H), and the decision of a mixture layer."""
+        attended, _ = self.attn(
+            self.ln_1(hidden_states),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attended
+        if not isinstance(self.mlp, MoELayer):
+            return hidden_states + self.mlp(self.ln_2(hidden_states)), None
+        noise = router_noise and dataclasses.replace(router_noise, layer=self.layer_idx)
+        mixed, decision = self.mlp(self.ln_2(hidden_states), noise, token_ids)
+        return hidden_states + self.dropout(mixed), decision
+
+
+class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
+    """Weight initialisation, and what transformers needs to know about the family."""
+
+    config_class = MoEGPT2Config
+    config: MoEGPT2Config
+    _no_split_modules = ["MoEGPT2Block"]  # noqa: RUF012 - transformers reads plain class attributes
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(MoEGPT2Block, index=0),
+        "attentions": OutputRecorder(GPT2Attention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, TopKRouter):
+            init.normal_(module.weight, std=std)
+            if module.expert_bias is not None:
+                init.zeros_(module.expert_bias)
+        elif isinstance(module, Experts):
+            init.normal_(module.w1, std=std)
+            init.normal_(module.w2, std=std / math.sqrt(2 * self.config.n_layer))
+            for bias in (module.b1, module.b2):
+                if bias is not None:
+                    init.zeros_(bias)
+
+    def moe_layers(self) -> dict[int, MoELayer]:
+        """The mixture layers by their index in the model."""
+        blocks = (m for m in self.modules() if isinstance(m, MoEGPT2Block))
+        return {b.layer_idx: b.mlp for b in blocks if isinstance(b.mlp, MoELayer)}
+
+    def set_dispatch(self, name: str) -> None:
+        """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
+        for layer in self.moe_layers().values():
+            layer.dispatcher = get_dispatcher(name)
+
+
+class MoEGPT2Model(MoEGPT2PreTrainedModel):
+    """The transformer without the language-model head."""
+
+    def __init__(self, config: MoEGPT2Config) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([MoEGPT2Block(config, i) for i in range(config.num_hidden_layers)])
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The token embedding."""
+        return self.wte
+
+    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.wte = new_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        router_noise: RouterNoise | None = None,
+        **kwargs: object,
+    ) -> MoEModelOutput:
+        """Run (B, L) `input_ids`, or (B, L, H) `inputs_embeds`, through all blocks."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.wte(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        decisions = []
+        for block in self.h:
+            hidden_states, decision = block(
+                hidden_states,
+                past_key_values if not (self.gradient_checkpointing and self.training) else None,
+                causal_mask,
+                router_noise,
+                input_ids,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if decision is not None:
+                decisions.append(decision)
+        return MoEModelOutput(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            router_decisions=tuple(decisions),
+        )
+
+
+class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
+    """GPT-2 with mixture-of-experts layers and a language-model head tied to the embedding."""
+
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    # the auxiliary losses are means over tokens: the stock Trainer must average micro-batches
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: MoEGPT2Config) -> None:
+        super().__init__(config)
+        self.loss_type = "ForCausalLM"
+        self.transformer = MoEGPT2Model(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        router_noise: RouterNoise | None = None,
+        **kwargs: object,
+    ) -> MoECausalLMOutput:
+        """Logits (B, L, V), decisions, and with `labels` (B, L) the losses.
+
+        Labels are shifted inside; -100 is ignored. Tokens that `attention_mask` (B, L) masks do
+        not count in the auxiliary losses. `router_noise` acts in training only.
+        """
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            router_noise=router_noise,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, kept])
+        result = MoECausalLMOutput(
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_decisions=outputs.router_decisions,
+        )
+        if labels is None:
+            return result
+        result.lm_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        result.loss = result.lm_loss
+        if outputs.router_decisions:
+            length = hidden_states.shape[1]
+            mask_T = None
+            if attention_mask is not None and attention_mask.ndim == 2:
+                mask_T = attention_mask[:, -length:].reshape(-1)
+            result.lb_loss, result.z_loss = auxiliary_losses(outputs.router_decisions, mask_T)
+            result.loss = (
+                result.lm_loss
+                + self.config.lb_coef * result.lb_loss
+                + self.config.z_coef * result.z_loss
+            )
+        return result

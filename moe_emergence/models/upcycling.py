@@ -1,0 +1,112 @@
+"""Upcycling: a dense GPT-2 becomes a mixture of experts (arXiv 2212.05055).
+
+Letters: E experts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import GPT2LMHeadModel
+
+from moe_emergence.models.configuration import MoEGPT2Config
+from moe_emergence.models.modeling import MoEGPT2LMHeadModel
+from moe_emergence.moe import MoELayer
+from moe_emergence.moe.routing import RouterKind
+
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+
+
+@torch.no_grad()
+def upcycle(
+    dense_model: GPT2LMHeadModel,
+    layers: Sequence[int],
+    num_experts: int = 8,
+    top_k: int = 1,
+    *,
+    noise: float = 1e-3,
+    seed: int = 0,
+    router: RouterKind = "learned",
+    use_expert_bias: bool = False,
+    dispatch: str = "auto",
+    lb_coef: float = 0.01,
+    z_coef: float = 0.001,
+) -> MoEGPT2LMHeadModel:
+    """A mixture of experts that starts as the dense model.
+
+    Every expert is a copy of its layer's MLP plus Gaussian noise of `noise` times the standard
+    deviation of each parameter; everything else is copied exactly. With noise 0 the logits equal
+    the dense model's. The dense model is not changed.
+
+    Args:
+        dense_model: GPT-2 with its tanh GELU.
+        layers: indices of the layers to convert.
+        num_experts, top_k: E experts, of which K see each token.
+        noise: relative standard deviation of the noise that breaks the experts' symmetry.
+        seed: of that noise and of the router's weights.
+        router, use_expert_bias, dispatch: see `MoELayer`.
+        lb_coef, z_coef: weights of the auxiliary losses in the output's `loss`.
+
+    Raises:
+        ValueError: for layers outside the model, a bad top_k, or a model that is not such a GPT-2.
+    """
+    dense = dense_model.config
+    if dense.model_type != "gpt2" or not isinstance(dense_model, GPT2LMHeadModel):
+        raise ValueError(
+            f"--base: upcycling takes a dense GPT-2, not {type(dense_model).__name__} "
+            f"({dense.model_type})"
+        )
+    if dense.activation_function not in _TANH_GELU or dense.add_cross_attention:
+        raise ValueError(
+            f"--base: upcycling takes a GPT-2 without cross-attention and with a tanh GELU "
+            f"({' or '.join(_TANH_GELU)}), not {dense.activation_function}"
+        )
+    inherited = {k: v for k, v in dense.to_dict().items() if k not in _OWN_KEYS}
+    config = MoEGPT2Config(
+        **inherited,
+        moe_layers=list(layers),
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        router=router,
+        use_expert_bias=use_expert_bias,
+        lb_coef=lb_coef,
+        z_coef=z_coef,
+    )
+    model = MoEGPT2LMHeadModel(config).to(device=dense_model.device, dtype=dense_model.dtype)
+    model.generation_config = dense_model.generation_config
+    state = dense_model.state_dict()
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    generator = torch.Generator().manual_seed(seed)
+    for index, layer in model.moe_layers().items():
+        _copy_mlp(layer, state, f"transformer.h.{index}.mlp.", noise, generator)
+    stray = [k for k in missing if ".mlp." not in k] + [k for k in unexpected if ".mlp." not in k]
+    assert not stray, f"parameters without a counterpart: {stray}"
+    model.set_dispatch(dispatch)
+    return model.train(dense_model.training)
+
+
+_OWN_KEYS = frozenset({"model_type", "architectures", "transformers_version", "dtype"})
+_DENSE_NAMES = {
+    "w1": "c_fc.weight",
+    "b1": "c_fc.bias",
+    "w2": "c_proj.weight",
+    "b2": "c_proj.bias",
+}
+
+
+def _copy_mlp(
+    layer: MoELayer,
+    state: dict[str, Tensor],
+    prefix: str,
+    noise: float,
+    generator: torch.Generator,
+) -> None:
+    for name, dense_name in _DENSE_NAMES.items():
+        source = state[prefix + dense_name]
+        target = getattr(layer.experts, name)
+        deviates = torch.randn(target.shape, generator=generator).to(target)
+        target.copy_(
+            source + noise * source.std() * deviates if noise else source.expand_as(target)
+        )
+    for parameter in layer.router.parameters():
+        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))

@@ -1,0 +1,60 @@
+"""The experts' weights: stacked, (E, in, out), and nothing else.
+
+Letters: E experts, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU).
+"""
+
+import torch
+from emergence_kernels.activations import Activation, pre_activation_width
+from torch import Tensor, nn
+
+
+class Experts(nn.Module):
+    """Parameters of E two-layer MLPs of the same shape.
+
+    "gelu_tanh" experts are GPT-2's MLP: w1 (E, H, F), b1 (E, F), w2 (E, F, H), b2 (E, H).
+    "swiglu" experts have no biases and w1 (E, H, 2F): the gate's columns, then the up projection's.
+    The layout (in, out) is that of GPT-2's `Conv1D` and of `torch.nn.functional.grouped_mm`.
+    """
+
+    b1: nn.Parameter | None
+    b2: nn.Parameter | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        expert_size: int,
+        activation: Activation = "gelu_tanh",
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.activation: Activation = activation
+        width = pre_activation_width(activation, expert_size)
+        self.w1 = nn.Parameter(torch.empty(num_experts, hidden_size, width))
+        self.w2 = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
+        if activation == "gelu_tanh":
+            self.b1 = nn.Parameter(torch.empty(num_experts, width))
+            self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
+        else:
+            self.register_parameter("b1", None)
+            self.register_parameter("b2", None)
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """GPT-2's initialisation: normal weights with standard deviation `std`, zero biases."""
+        nn.init.normal_(self.w1, std=std)
+        nn.init.normal_(self.w2, std=std)
+        for bias in (self.b1, self.b2):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def unbind(self) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor | None]]:
+        """(w1, b1, w2, b2) of every expert.
+
+        `unbind` rather than indexing: autograd then builds one gradient per stacked parameter
+        instead of a full zero tensor per expert.
+        """
+        none: list[Tensor | None] = [None] * self.num_experts
+        b1 = none if self.b1 is None else list(self.b1.unbind())
+        b2 = none if self.b2 is None else list(self.b2.unbind())
+        return list(zip(self.w1.unbind(), b1, self.w2.unbind(), b2, strict=True))

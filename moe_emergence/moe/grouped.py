@@ -1,0 +1,58 @@
+"""Dispatch through `torch.nn.functional.grouped_mm`, differentiated by autograd.
+
+What PyTorch offers out of the box, kept as a peer to measure against.
+Letters: T tokens, H model width, F expert width, P pre-activation width, E experts,
+K experts per token, S = T*K rows sorted by expert.
+"""
+
+import torch
+from emergence_kernels import sort_by_expert
+from emergence_kernels.activations import activate
+from torch import Tensor
+from torch.nn import functional
+
+from moe_emergence.moe.experts import Experts
+from moe_emergence.moe.routing import RouterDecision
+
+
+class GroupedDispatcher:
+    """Permute, two grouped products, combine; fp32, bf16 and fp16, rows of whole 16 bytes."""
+
+    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+        """Weighted sum (T, H) of every token's experts."""
+        permutation = sort_by_expert(decision.topk_experts, experts.num_experts)
+        sorted_experts_S = decision.topk_experts.reshape(-1)[permutation.perm]
+        out_SH = grouped_experts(
+            x_TH[permutation.token_idx], sorted_experts_S, permutation.expert_offsets, experts
+        )
+        out_TKH = out_SH[permutation.inv_perm].view(*decision.topk_weights.shape, -1)
+        return (out_TKH * decision.topk_weights.unsqueeze(-1)).sum(dim=1).to(out_SH.dtype)
+
+
+def grouped_experts(
+    rows_SH: Tensor, sorted_experts_S: Tensor, expert_offsets: Tensor, experts: Experts
+) -> Tensor:
+    """Every row through its own expert: (S, H), in the autocast dtype under autocast.
+
+    Raises:
+        ValueError: for fp64 and for widths whose rows are not whole multiples of 16 bytes, which
+            `grouped_mm` does not take.
+    """
+    dtype = rows_SH.dtype
+    if torch.is_autocast_enabled(rows_SH.device.type):
+        dtype = torch.get_autocast_dtype(rows_SH.device.type)
+    widths = (*experts.w1.shape[1:], *experts.w2.shape[1:])
+    if dtype == torch.float64 or any(width * dtype.itemsize % 16 for width in widths):
+        raise ValueError(
+            f"--dispatch grouped: torch's grouped_mm does not take {dtype} with widths {widths}; "
+            f"use --dispatch fused"
+        )
+    offsets = expert_offsets[1:]
+    pre_SP = functional.grouped_mm(rows_SH.to(dtype), experts.w1.to(dtype), offs=offsets)
+    if experts.b1 is not None:
+        pre_SP = pre_SP + experts.b1.to(dtype)[sorted_experts_S]
+    act_SF = activate(pre_SP, experts.activation)
+    out_SH = functional.grouped_mm(act_SF, experts.w2.to(dtype), offs=offsets)
+    if experts.b2 is not None:
+        out_SH = out_SH + experts.b2.to(dtype)[sorted_experts_S]
+    return out_SH

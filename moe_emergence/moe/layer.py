@@ -1,0 +1,67 @@
+"""The mixture-of-experts layer: router, then dispatcher over experts."""
+
+from emergence_kernels.activations import Activation
+from torch import Tensor, nn
+
+from moe_emergence.moe.dispatch import get_dispatcher
+from moe_emergence.moe.experts import Experts
+from moe_emergence.moe.noise import RouterNoise
+from moe_emergence.moe.routing import HashRouter, RouterDecision, RouterKind, TopKRouter
+
+
+class MoELayer(nn.Module):
+    """A drop-in MLP of E experts, K of which see each token. No token is ever dropped.
+
+    Args:
+        hidden_size: H.
+        expert_size: F, the inner width of one expert.
+        num_experts: E.
+        top_k: K.
+        activation: "gelu_tanh" (GPT-2, with biases) or "swiglu" (without).
+        router: "learned", or the null models "frozen" and "hash".
+        use_expert_bias: give the router a selection-only bias for loss-free balancing.
+        dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
+            any time and is not part of the state dict.
+        layer: index in the model, so that the null models differ between layers.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        expert_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        activation: Activation = "gelu_tanh",
+        router: RouterKind = "learned",
+        use_expert_bias: bool = False,
+        dispatch: str = "auto",
+        layer: int = 0,
+    ) -> None:
+        super().__init__()
+        self.router: TopKRouter | HashRouter
+        if router == "hash":
+            self.router = HashRouter(num_experts, top_k, layer=layer)
+        else:
+            self.router = TopKRouter(
+                hidden_size,
+                num_experts,
+                top_k,
+                frozen=router == "frozen",
+                use_expert_bias=use_expert_bias,
+            )
+        self.experts = Experts(num_experts, hidden_size, expert_size, activation)
+        self.dispatcher = get_dispatcher(dispatch)
+
+    def forward(
+        self, x: Tensor, noise: RouterNoise | None = None, token_ids: Tensor | None = None
+    ) -> tuple[Tensor, RouterDecision]:
+        """Output of the shape of `x` (..., H), and the decision over its T flattened tokens.
+
+        `token_ids` (...,) is needed by the hash router only.
+        """
+        x_TH = x.reshape(-1, x.shape[-1])
+        token_ids_T = None if token_ids is None else token_ids.reshape(-1)
+        decision = self.router(x_TH, noise, token_ids_T)
+        y_TH = self.dispatcher(x_TH, decision, self.experts)
+        return y_TH.view(x.shape), decision

@@ -1,0 +1,61 @@
+"""Router noise as a pure function of (seed, step, layer, token, expert).
+
+A counter-based generator has no state: a resumed run, a recomputed activation checkpoint and a
+batch split over any number of micro-batches or processes all see the same noise.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+
+
+@dataclass(frozen=True)
+class RouterNoise:
+    """Which noise to add to the router logits of one forward pass."""
+
+    std: float
+    """Standard deviation of the Gaussian noise on the logits."""
+    seed: int
+    step: int
+    """Optimizer step, counted from 0."""
+    first_token: int = 0
+    """Place of the first token of this forward pass among all tokens of the step."""
+    layer: int = 0
+
+
+def gaussian_noise(
+    noise: RouterNoise, num_tokens: int, num_experts: int, device: torch.device
+) -> Tensor:
+    """Normal deviates (num_tokens, num_experts), fp32, with standard deviation `noise.std`.
+
+    Every deviate is the Box-Muller transform of two 32-bit hashes of its counter.
+    """
+    key = 0x9E3779B9
+    for part in (noise.seed, noise.step, noise.layer):
+        key = _hash_int(key ^ (part & _MASK))
+    first = noise.first_token * num_experts
+    counter = torch.arange(first, first + num_tokens * num_experts, device=device)
+    low, high = counter & _MASK, counter >> 32
+    mixed = _hash(low ^ key) ^ high
+    radius_bits, angle_bits = _hash(mixed ^ 0x85EBCA6B), _hash(mixed ^ 0xC2B2AE35)
+    radius = torch.sqrt(-2.0 * torch.log((radius_bits.double() + 0.5) / 2**32))
+    angle = 2.0 * math.pi * angle_bits.double() / 2**32
+    deviates = radius * torch.cos(angle) * noise.std
+    return deviates.float().view(num_tokens, num_experts)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """A 32-bit integer hash (xor-shift-multiply), elementwise on int64 values below 2^32."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)
+
+
+def _hash_int(x: int) -> int:
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
+    return x ^ (x >> 16)

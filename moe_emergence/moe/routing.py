@@ -1,0 +1,158 @@
+"""Routers: from hidden states to the experts of every token.
+
+Letters: T tokens, H model width, E experts, K experts per token.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_emergence.moe.noise import RouterNoise, gaussian_noise
+
+RouterKind = Literal["learned", "frozen", "hash"]
+
+
+@dataclass(frozen=True, eq=False)
+class RouterDecision:
+    """What a router decided for T tokens, and what the losses and metrics need to know about it."""
+
+    router_logits: Tensor
+    """(T, E) at least fp32, without noise."""
+    router_probs: Tensor
+    """(T, E) softmax of `router_logits`: the clean probabilities, for losses and entropies."""
+    noisy_probs: Tensor
+    """(T, E) softmax of the logits with noise: what the choice and its weights come from."""
+    topk_experts: Tensor
+    """(T, K) int64, best first, distinct within a token."""
+    topk_weights: Tensor
+    """(T, K): 1 for top-1 (straight-through), summing to 1 for K > 1."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.router_probs.shape[1]
+
+    def expert_counts(self, mask_T: Tensor | None = None) -> Tensor:
+        """(E,) int64: assignments per expert, over the tokens where `mask_T` (T,) is true."""
+        chosen_TE = self.topk_experts.unsqueeze(-1) == torch.arange(
+            self.num_experts, device=self.topk_experts.device
+        )
+        if mask_T is not None:
+            chosen_TE = chosen_TE & mask_T.bool()[:, None, None]
+        return chosen_TE.sum(dim=(0, 1))
+
+    def entropy(self) -> Tensor:
+        """Scalar: entropy of the clean probabilities in nats, averaged over tokens."""
+        return torch.special.entr(self.router_probs.detach()).sum(dim=-1).mean()
+
+
+class TopKRouter(nn.Module):
+    """Linear router with softmax over experts and (optionally noisy) top-k selection.
+
+    The router computes in fp32 whatever the autocast (fp64 for fp64 inputs). Noise is added only
+    in training. With `frozen` the weight is never trained and nothing flows back through the
+    router: the null model of a learned one. `expert_bias` moves the selection only, never the
+    weights (loss-free balancing, arXiv 2408.15664).
+
+    Raises:
+        ValueError: if top_k is not in [1, num_experts].
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        frozen: bool = False,
+        use_expert_bias: bool = False,
+    ) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        self.top_k = top_k
+        self.frozen = frozen
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=not frozen)
+        self.register_buffer("expert_bias", torch.zeros(num_experts) if use_expert_bias else None)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(
+        self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids_T: Tensor | None = None
+    ) -> RouterDecision:
+        """Choose K experts for every row of `x_TH` (T, H); `token_ids_T` is not used."""
+        weight_EH = self.weight
+        if self.frozen:
+            x_TH, weight_EH = x_TH.detach(), weight_EH.detach()
+        with torch.autocast(x_TH.device.type, enabled=False):
+            wide = torch.promote_types(x_TH.dtype, torch.float32)
+            logits_TE = functional.linear(x_TH.to(wide), weight_EH.to(wide))
+            probs_TE = logits_TE.softmax(dim=-1)
+            noisy_TE = probs_TE
+            if self.training and noise is not None and noise.std > 0:
+                deviates_TE = gaussian_noise(noise, *logits_TE.shape, logits_TE.device)
+                noisy_TE = (logits_TE + deviates_TE).softmax(dim=-1)
+            experts_TK = self._select(noisy_TE.detach())
+            chosen_TK = noisy_TE.gather(-1, experts_TK)
+            if self.top_k == 1:
+                # exactly 1.0 forward, the gradient of the chosen probability backward
+                weights_TK = torch.ones_like(chosen_TK) + (chosen_TK - chosen_TK.detach())
+            else:
+                weights_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)
+        return RouterDecision(logits_TE, probs_TE, noisy_TE, experts_TK, weights_TK)
+
+    def _select(self, scores_TE: Tensor) -> Tensor:
+        """(T, K) best experts, the lower index first among equals."""
+        if self.expert_bias is not None:
+            scores_TE = scores_TE + self.expert_bias
+        if self.top_k == 1:
+            return scores_TE.argmax(dim=-1, keepdim=True)
+        return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+
+    @torch.no_grad()
+    def update_expert_bias(self, expert_counts_E: Tensor, rate: float) -> None:
+        """Raise the bias of experts below the mean load by `rate`, lower that of those above.
+
+        arXiv 2408.15664, algorithm 1. `expert_counts_E` (E,) counts one optimizer step.
+        """
+        if self.expert_bias is None:
+            raise ValueError("the router was built without use_expert_bias")
+        load_E = expert_counts_E.to(self.expert_bias)
+        self.expert_bias += rate * torch.sign(load_E.mean() - load_E)
+
+
+class HashRouter(nn.Module):
+    """Null model that routes by a hash of the token id alone (arXiv 2106.04426), with weights 1/K.
+
+    It has no parameters; its logits are all zero and its probabilities uniform over the K experts.
+    """
+
+    def __init__(self, num_experts: int, top_k: int, *, layer: int = 0) -> None:
+        super().__init__()
+        check_top_k(top_k, num_experts)
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.layer = layer
+
+    def forward(
+        self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids_T: Tensor | None = None
+    ) -> RouterDecision:
+        """Choose K experts for every row of `x_TH` (T, H) from `token_ids_T` (T,)."""
+        if token_ids_T is None:
+            raise ValueError("the hash router needs token_ids: pass input_ids, not inputs_embeds")
+        # multiplicative hashing (Knuth); the layer shifts it so that layers do not agree
+        hashed_T = (token_ids_T.long() + 0x9E37 * (self.layer + 1)) * 2654435761 % 2**32 >> 8
+        slots_K = torch.arange(self.top_k, device=x_TH.device)
+        experts_TK = (hashed_T[:, None] + slots_K) % self.num_experts
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        logits_TE = x_TH.new_zeros(x_TH.shape[0], self.num_experts, dtype=wide)
+        weights_TK = x_TH.new_full(experts_TK.shape, 1.0 / self.top_k, dtype=wide)
+        probs_TE = torch.zeros_like(logits_TE).scatter(1, experts_TK, weights_TK)
+        return RouterDecision(logits_TE, probs_TE, probs_TE, experts_TK, weights_TK)
+
+
+def check_top_k(top_k: int, num_experts: int) -> None:
+    """Refuse a top_k outside [1, num_experts]."""
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k {top_k}: give a number from 1 to num_experts ({num_experts})")
