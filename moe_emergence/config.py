@@ -27,7 +27,8 @@ class ModelConfig:
     """Model: where the dense weights come from and which layers become mixtures of experts."""
 
     base: str = "gpt2"
-    """Dense base: a hub id (gpt2), a folder with a GPT-2 model, or "scratch" to pretrain one here."""
+    """Dense base: a hub id (gpt2), a folder with a GPT-2 model, or "scratch" to pretrain one here.
+    """
     n_layer: int = 12
     """Transformer layers of a base made from scratch."""
     n_embd: int = 768
@@ -35,7 +36,8 @@ class ModelConfig:
     n_head: int = 12
     """Attention heads of a base made from scratch."""
     dropout: float = 0.0
-    """Dropout probability in embeddings, attention and residuals (0 keeps runs independent of how the batch is split over processes)."""
+    """Dropout probability in embeddings, attention and residuals (0 keeps runs independent of how
+    the batch is split over processes)."""
     moe_layers: tuple[int, ...] = (8, 9, 10, 11)
     """Layers whose MLP becomes a mixture of experts; none trains the dense model."""
     num_experts: int = 8
@@ -43,11 +45,14 @@ class ModelConfig:
     top_k: int = 1
     """Experts per token."""
     upcycle_noise: float = 1e-3
-    """Noise added to every copied expert parameter, in units of that parameter's standard deviation."""
+    """Noise added to every copied expert parameter, in units of that parameter's standard
+    deviation."""
     router: Literal["learned", "frozen", "hash"] = "learned"
-    """Router: learned, or one of the null models: frozen (random, never trained) or hash (of the token id)."""
+    """Router: learned, or one of the null models: frozen (random, never trained) or hash (of the
+    token id)."""
     expert_bias_rate: float = 0.0
-    """Step of the loss-free balancing bias, used for selection only (arXiv 2408.15664); 0 turns it off."""
+    """Step of the loss-free balancing bias, used for selection only (arXiv 2408.15664); 0 turns it
+    off."""
 
     def __post_init__(self) -> None:
         check(self.n_layer >= 1, "--n-layer", self.n_layer, "give at least 1")
@@ -99,7 +104,8 @@ class DataConfig:
     """Data: where the three domains come from and how they become blocks of tokens."""
 
     data: str = "hub"
-    """Source: "embedded" (text that ships with Python packages), "hub" (Hugging Face), or a folder with one file or sub-folder per domain."""
+    """Source: "embedded" (text that ships with Python packages), "hub" (Hugging Face), or a folder
+    with one file or sub-folder per domain."""
     size_mb: float = 10.0
     """Text to read per domain, in megabytes (10^6 bytes of UTF-8)."""
     block_size: int = 512
@@ -107,13 +113,15 @@ class DataConfig:
     balance_tokens: bool = True
     """Give every domain the same number of training blocks (shuffle, then truncate)."""
     tokenizer: str = "gpt2"
-    """Tokenizer: "gpt2" (from the hub), a folder with a tokenizer, or "train" (byte-level BPE on the train split)."""
+    """Tokenizer: "gpt2" (from the hub), a folder with a tokenizer, or "train" (byte-level BPE on
+    the train split)."""
     vocab_size: int = 4096
     """Vocabulary of a tokenizer trained here, end-of-text token included."""
     text_field: str = "text"
     """Field that holds the text in jsonl and parquet files of a data folder."""
     hub_revision: tuple[str, ...] = ()
-    """Hub revisions as domain=revision, for example code=main; a domain not named uses its default."""
+    """Hub revisions as domain=revision, for example code=main; a domain not named uses its default.
+    """
     cache_dir: str = ".cache"
     """Folder for everything that is downloaded or trained once and reused."""
 
@@ -160,13 +168,15 @@ class OptimConfig:
     z_coef: float = 0.001
     """Weight of the router z-loss."""
     balance_scope: Literal["global", "micro"] = "global"
-    """Batch the balance loss counts over: the whole optimizer step over all processes, or each micro-batch by itself."""
+    """Batch the balance loss counts over: the whole optimizer step over all processes, or each
+    micro-batch by itself."""
     noise_std: float = 0.1
     """Standard deviation of the router noise at step 0 (training only)."""
     noise_anneal_fraction: float = 0.25
     """Part of the steps over which the router noise falls linearly to zero."""
     precision: Literal["fp32", "bf16", "auto"] = "auto"
-    """Arithmetic of the forward and backward pass; auto is bf16 on GPUs that have it and fp32 elsewhere."""
+    """Arithmetic of the forward and backward pass; auto is bf16 on GPUs that have it and fp32
+    elsewhere."""
     pretrain_steps: int = 0
     """Dense steps before upcycling when --base scratch."""
     pretrain_learning_rate: float = 1e-3
@@ -227,7 +237,8 @@ class MonitorConfig:
     collapse_early_stop: bool = False
     """End the run at a collapse, with status collapsed."""
     track: Literal["none", "tensorboard", "wandb"] = "tensorboard"
-    """Where metrics go besides metrics.jsonl; a tracker that fails warns and never stops training."""
+    """Where metrics go besides metrics.jsonl; a tracker that fails warns and never stops training.
+    """
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -254,13 +265,14 @@ class RunConfig:
     """Run: its name, place, seed and device."""
 
     preset: str
-    """Name of the preset the settings start from."""
+    """Settings to start from: demo, shakedown, dense, moe-main, no-lb or top2."""
     run_name: str
     """Name of the run; its folder is OUTPUT_DIR/RUN_NAME."""
     output_dir: str = "runs"
     """Folder that holds the run folders."""
     resume: str | None = None
-    """Continue a run: "auto" takes the newest checkpoint of this run name if there is one, or give a checkpoint folder."""
+    """Continue a run: "auto" takes the newest checkpoint of this run name if there is one, or give
+    a checkpoint folder."""
     stop_after: int | None = None
     """End cleanly after this step, as an interruption would; --resume auto goes on from there."""
     seed: int = 42
@@ -269,6 +281,8 @@ class RunConfig:
     """Where to run; auto is cuda where there is one."""
     dispatch: DispatchName = "auto"
     """Path from tokens to experts and back; all of them compute the same."""
+    debug: bool = False
+    """Show the traceback of an error."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -18,7 +18,7 @@ def pre_activation_width(activation: Activation, width: int) -> int:
 
 
 def activate(pre_SP: Tensor, activation: Activation) -> Tensor:
-    """A (S, F): tanh-approximated GELU (GPT-2's), or SwiGLU `silu(gate) * up` (arXiv 2002.05202)."""
+    """A (S, F): tanh-approximated GELU (GPT-2's), or SwiGLU (arXiv 2002.05202)."""
     if activation == "gelu_tanh":
         return functional.gelu(pre_SP, approximate="tanh")
     gate_SF, up_SF = pre_SP.chunk(2, dim=-1)

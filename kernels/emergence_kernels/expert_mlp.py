@@ -19,11 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from emergence_kernels.activations import Activation, activate, activate_backward
 from emergence_kernels.grouped_gemm import (
-    rows_of_experts,
     grouped_gemm,
     grouped_gemm_dw,
     grouped_gemm_dx,
     grouped_sum,
+    rows_of_experts,
 )
 from emergence_kernels.permutation import Permutation
 

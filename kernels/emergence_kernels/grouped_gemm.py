@@ -5,6 +5,8 @@ bf16 on CUDA runs as one `torch.nn.functional.grouped_mm`; everything else runs 
 expert, written straight into its place in the result.
 """
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -17,9 +19,7 @@ def _one_launch(x: Tensor, *widths: int) -> bool:
 
 def _groups(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     bounds = expert_offsets.tolist()
-    return [
-        (e, a, b) for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)) if b > a
-    ]
+    return [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
 
 
 def grouped_gemm(
@@ -61,12 +61,12 @@ def grouped_gemm_dx(dy_SO: Tensor, w_EIO: Tensor, expert_offsets: Tensor) -> Ten
 
 
 def grouped_gemm_dw(x_SI: Tensor, dy_SO: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Gradient (E, I, O) of the weights: `x[rows of e].T @ dy[rows of e]`; 0 for an empty expert."""
+    """Gradient (E, I, O) of the weights: `x[rows of e].T @ dy[rows of e]`, 0 for no rows."""
     if _one_launch(x_SI, x_SI.shape[1], dy_SO.shape[1]):
         return functional.grouped_mm(x_SI.t(), dy_SO, offs=expert_offsets[1:])
     bounds = expert_offsets.tolist()
     dw_EIO = x_SI.new_empty(len(bounds) - 1, x_SI.shape[1], dy_SO.shape[1])
-    for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (a, b) in enumerate(pairwise(bounds)):
         torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])
     return dw_EIO
 
@@ -80,7 +80,7 @@ def grouped_sum(y_SO: Tensor, expert_offsets: Tensor) -> Tensor:
         return member_ES.to(y_SO.dtype) @ y_SO
     sums_EO = y_SO.new_empty(num_experts, y_SO.shape[1])
     bounds = expert_offsets.tolist()
-    for e, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (a, b) in enumerate(pairwise(bounds)):
         torch.sum(y_SO[a:b], dim=0, out=sums_EO[e])
     return sums_EO
 

@@ -2,6 +2,8 @@
 
 from transformers import GPT2Config
 
+from moe_emergence.moe.routing import RouterKind
+
 
 class MoEGPT2Config(GPT2Config):
     """A `GPT2Config` that also says which layers are mixtures of experts.
@@ -29,7 +31,7 @@ class MoEGPT2Config(GPT2Config):
     moe_layers: list[int] | tuple[int, ...] = ()
     num_experts: int = 8
     num_experts_per_tok: int = 1
-    router: str = "learned"
+    router: RouterKind = "learned"
     use_expert_bias: bool = False
     lb_coef: float = 0.01
     z_coef: float = 0.001

@@ -7,17 +7,17 @@ Parameters have GPT-2's names; a converted layer has `mlp.router` and `mlp.exper
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, GPT2Config, GPT2PreTrainedModel
+from transformers import GenerationMixin, GPT2PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
-from transformers.utils import ModelOutput, can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moe_emergence.models.configuration import MoEGPT2Config
@@ -160,9 +160,9 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
         """The token embedding."""
         return self.wte
 
-    def set_input_embeddings(self, new_embeddings: nn.Embedding) -> None:
+    def set_input_embeddings(self, new_embeddings: nn.Module) -> None:
         """Replace the token embedding."""
-        self.wte = new_embeddings
+        self.wte = cast(nn.Embedding, new_embeddings)
 
     @merge_with_config_defaults
     @capture_outputs

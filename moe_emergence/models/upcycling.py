@@ -72,7 +72,8 @@ def upcycle(
         lb_coef=lb_coef,
         z_coef=z_coef,
     )
-    model = MoEGPT2LMHeadModel(config).to(device=dense_model.device, dtype=dense_model.dtype)
+    model = MoEGPT2LMHeadModel(config)
+    torch.nn.Module.to(model, dense_model.device, dense_model.dtype)
     model.generation_config = dense_model.generation_config
     state = dense_model.state_dict()
     missing, unexpected = model.load_state_dict(state, strict=False)

@@ -4,8 +4,9 @@ Letters: E experts, H model width, F expert width, P pre-activation width (F, or
 """
 
 import torch
-from emergence_kernels.activations import Activation, pre_activation_width
 from torch import Tensor, nn
+
+from emergence_kernels.activations import Activation, pre_activation_width
 
 
 class Experts(nn.Module):

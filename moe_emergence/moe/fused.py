@@ -3,9 +3,9 @@
 Letters: T tokens, H model width, F expert width, E experts, K experts per token, S = T*K rows.
 """
 
-from emergence_kernels import expert_mlp, sort_by_expert
 from torch import Tensor
 
+from emergence_kernels import expert_mlp, sort_by_expert
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import RouterDecision
 

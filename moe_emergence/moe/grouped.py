@@ -6,11 +6,11 @@ K experts per token, S = T*K rows sorted by expert.
 """
 
 import torch
-from emergence_kernels import sort_by_expert
-from emergence_kernels.activations import activate
 from torch import Tensor
 from torch.nn import functional
 
+from emergence_kernels import sort_by_expert
+from emergence_kernels.activations import activate
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import RouterDecision
 

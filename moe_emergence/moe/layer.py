@@ -1,8 +1,8 @@
 """The mixture-of-experts layer: router, then dispatcher over experts."""
 
-from emergence_kernels.activations import Activation
 from torch import Tensor, nn
 
+from emergence_kernels.activations import Activation
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.noise import RouterNoise

@@ -6,9 +6,9 @@ Letters: T tokens, H model width, K experts per token, S = T*K rows sorted by ex
 import importlib
 from types import ModuleType
 
-from emergence_kernels import sort_by_expert
 from torch import Tensor
 
+from emergence_kernels import sort_by_expert
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.grouped import grouped_experts
 from moe_emergence.moe.routing import RouterDecision

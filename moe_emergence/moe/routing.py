@@ -61,6 +61,8 @@ class TopKRouter(nn.Module):
         ValueError: if top_k is not in [1, num_experts].
     """
 
+    expert_bias: Tensor | None
+
     def __init__(
         self,
         hidden_size: int,
@@ -82,7 +84,7 @@ class TopKRouter(nn.Module):
         self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids_T: Tensor | None = None
     ) -> RouterDecision:
         """Choose K experts for every row of `x_TH` (T, H); `token_ids_T` is not used."""
-        weight_EH = self.weight
+        weight_EH: Tensor = self.weight
         if self.frozen:
             x_TH, weight_EH = x_TH.detach(), weight_EH.detach()
         with torch.autocast(x_TH.device.type, enabled=False):
@@ -91,7 +93,9 @@ class TopKRouter(nn.Module):
             probs_TE = logits_TE.softmax(dim=-1)
             noisy_TE = probs_TE
             if self.training and noise is not None and noise.std > 0:
-                deviates_TE = gaussian_noise(noise, *logits_TE.shape, logits_TE.device)
+                deviates_TE = gaussian_noise(
+                    noise, logits_TE.shape[0], logits_TE.shape[1], logits_TE.device
+                )
                 noisy_TE = (logits_TE + deviates_TE).softmax(dim=-1)
             experts_TK = self._select(noisy_TE.detach())
             chosen_TK = noisy_TE.gather(-1, experts_TK)

@@ -4,9 +4,9 @@ Letters: T tokens, H model width, K experts per token, N tokens of one expert.
 """
 
 import torch
-from emergence_kernels.activations import activate
 from torch import Tensor
 
+from emergence_kernels.activations import activate
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import RouterDecision
 

@@ -1,0 +1,86 @@
+"""What every `python -m moe_emergence.…` shares: parsing, logging and errors in one line."""
+
+import contextlib
+import io
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import datasets
+import transformers
+import tyro
+from rich.console import Console
+from rich.logging import RichHandler
+
+from moe_emergence.errors import RunError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
+    """Fill the dataclass `cls` from flags (nested fields without prefixes).
+
+    Raises:
+        ValueError: for flags that cannot be used, in one line.
+    """
+    hidden = io.StringIO()
+    flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type,misc]
+    start: Any = tyro.MISSING if default is None else default
+    try:
+        with contextlib.redirect_stderr(hidden):
+            result: T = tyro.cli(flat, args=list(argv), prog=prog, default=start)
+    except SystemExit as stop:
+        if stop.code:
+            raise ValueError(_first_message(hidden.getvalue(), prog)) from None
+        raise
+    return result
+
+
+def _first_message(box: str, prog: str) -> str:
+    """The message inside the box tyro draws around an error, as one line."""
+    lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
+    message = []
+    for line in lines:
+        if line.startswith(("─", "╰", "╭")):
+            break
+        message.append(line)
+    text = re.sub(r"^Error parsing (model|data|optim|monitor|cls)?:? ?", "", " ".join(message))
+    return f"{text} (see {prog} --help)"
+
+
+def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Call `main(argv)` and turn its errors into one line on stderr and an exit code.
+
+    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`), 130
+    for Ctrl-C. With `--debug` the traceback is shown instead.
+    """
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
+    )
+    logging.getLogger("moe_emergence").setLevel(logging.INFO)
+    # a run has its own progress bar; those of every saved and loaded file would bury it
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except ValueError as error:
+        if "--debug" in argv:
+            raise
+        return _fail(str(error), 2)
+    except (RunError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code

@@ -1,0 +1,156 @@
+"""The files of a run: where each lives, and how each is written without ever being half there."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_emergence.errors import RunError
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run folder."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The configuration the run was started with."""
+        return self.root / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, device and commit."""
+        return self.root / "environment.json"
+
+    @property
+    def data_manifest(self) -> Path:
+        """Counts and hashes of every split."""
+        return self.root / "data_manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per line, each with its `step`."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the resumable checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def best_model(self) -> Path:
+        """Hugging Face folder of the model with the lowest evaluation lm_loss."""
+        return self.root / "best-model"
+
+    @property
+    def final_model(self) -> Path:
+        """Hugging Face folder of the model after the last step."""
+        return self.root / "final-model"
+
+    @property
+    def summary(self) -> Path:
+        """How the run ended."""
+        return self.root / "run_summary.json"
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.exists()
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint after optimizer step `step`."""
+        return self.checkpoints / f"step-{step:06d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps with a checkpoint, ascending."""
+        names = (p.name for p in self.checkpoints.glob("step-*"))
+        return sorted(int(n.removeprefix("step-")) for n in names if n[5:].isdigit())
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` to `path`: complete, or not at all.
+
+    Raises:
+        RunError: when the disk is full or not writable, naming the path.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(path, error) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises:
+        ValueError: when it is missing or not a JSON object, naming the path.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: holds {type(values).__name__}, not a JSON object")
+    return values
+
+
+def disk_error(path: Path, error: OSError) -> RunError:
+    """The one-line failure for a path that cannot be written."""
+    return RunError(
+        f"cannot write {path}: {error.strerror or error}; free some space or give another "
+        f"--output-dir. What was saved before is untouched"
+    )
+
+
+class MetricsWriter:
+    """Appends rows to `metrics.jsonl`; a resumed run first drops the rows after its checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Write the rows, all of them or (on a full disk) none, and flush them to disk."""
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        try:
+            with self.path.open("ab") as file:
+                end = file.tell()
+                try:
+                    file.write(text.encode())
+                    file.flush()
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(end)
+                    raise
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+
+    def keep_up_to(self, step: int) -> None:
+        """Drop rows of later steps, and a last line that was cut off while being written."""
+        if not self.path.exists():
+            return
+        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        try:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            temporary.replace(self.path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise disk_error(self.path, error) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All rows of a `metrics.jsonl`, without a last line that was cut off."""
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

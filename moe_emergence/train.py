@@ -1,0 +1,47 @@
+"""`python -m moe_emergence.train`: upcycle, train, evaluate and resume."""
+
+import sys
+from pathlib import Path
+
+from moe_emergence.analysis.expert_domain import plot_expert_domain, write_expert_domain_table
+from moe_emergence.analysis.summary import print_comparison
+from moe_emergence.command import parse, run
+from moe_emergence.config import RunConfig
+from moe_emergence.presets import get_preset
+from moe_emergence.training.experiment import ExperimentResult, run_experiment
+
+PROG = "python -m moe_emergence.train"
+
+
+def main(argv: list[str]) -> int:
+    """Train as the flags say, starting from `--preset` (demo without one)."""
+    config = parse(RunConfig, argv, PROG, default=get_preset(_preset_name(argv)))
+    result = run_experiment(config)
+    if result.is_main_process:
+        _report(config, result)
+    return 0
+
+
+def _preset_name(argv: list[str]) -> str:
+    """The last `--preset` on the command line; it decides the defaults of all other flags."""
+    name = "demo"
+    for place, argument in enumerate(argv):
+        if argument == "--preset" and place + 1 < len(argv):
+            name = argv[place + 1]
+        elif argument.startswith("--preset="):
+            name = argument.partition("=")[2]
+    return name
+
+
+def _report(config: RunConfig, result: ExperimentResult) -> None:
+    folder = Path(config.output_dir) / config.run_name
+    if result.evaluation is not None and result.evaluation.domain_fractions:
+        fractions = result.evaluation.domain_fractions
+        write_expert_domain_table(folder / "expert_domain.csv", fractions)
+        plot_expert_domain(fractions).savefig(folder / "expert_domain.png", dpi=150)
+    runs = {stage.role: stage.run for stage in result.stages}
+    print_comparison(runs, result.status, folder)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,169 @@
+"""Resumable checkpoints: complete or absent, and never unpickled into arbitrary objects.
+
+A checkpoint is a Hugging Face model folder with two more files: `trainer.pt` (optimizer, schedule
+and loader states, read with `weights_only=True`) and `checkpoint.json` (step, counters,
+configuration and the SHA-256 of every other file).
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from moe_emergence.errors import RunError
+from moe_emergence.run_folder import RunFolder, disk_error, read_json, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "moe_emergence checkpoint 1"
+MANIFEST = "checkpoint.json"
+TRAINER_STATE = "trainer.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that has been read and found whole."""
+
+    path: Path
+    step: int
+    progress: dict[str, Any]
+    """JSON-ready counters: best loss, collapse streaks, seconds spent."""
+    config: dict[str, Any]
+    """The run configuration, as `config.to_dict` gives it."""
+    trainer_state: dict[str, Any]
+    """State dicts of optimizer, schedule and loader."""
+
+
+def save_model_folder(
+    target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write a Hugging Face folder (model and tokenizer) beside `target`, then swap it in."""
+    with _NewFolder(target) as folder:
+        _write_model(folder, model, tokenizer)
+
+
+def save_checkpoint(
+    run: RunFolder,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    trainer_state: dict[str, Any],
+    progress: dict[str, Any],
+    config: dict[str, Any],
+    keep_last_k: int,
+) -> Path:
+    """Write the checkpoint of `step`, then delete all but the newest `keep_last_k`.
+
+    Raises:
+        RunError: when the disk is full or not writable; older checkpoints stay as they are.
+    """
+    target = run.checkpoint(step)
+    with _NewFolder(target) as folder:
+        _write_model(folder, model, tokenizer)
+        torch.save(trainer_state, folder / TRAINER_STATE)
+        files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
+        manifest = {"format": FORMAT, "step": step, "progress": progress, "config": config}
+        write_json(folder / MANIFEST, manifest | {"files": files})
+    for old in run.checkpoint_steps()[:-keep_last_k]:
+        shutil.rmtree(run.checkpoint(old))
+    return target
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        ValueError: when it is missing, not a checkpoint of this library, or torn, with the reason.
+    """
+    if not (path / MANIFEST).is_file():
+        reason = "there is no such folder" if not path.is_dir() else f"it has no {MANIFEST}"
+        raise ValueError(f"--resume {path}: not a checkpoint of this library, {reason}")
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"--resume {path}: the format is {manifest.get('format')!r}; this version reads "
+            f"{FORMAT!r}"
+        )
+    for name, digest in manifest["files"].items():
+        if not (path / name).is_file():
+            raise ValueError(f"--resume {path}: the checkpoint is torn, {name} is missing")
+        if _sha256(path / name) != digest:
+            raise ValueError(
+                f"--resume {path}: the checkpoint is torn, {name} is not what was written; "
+                f"resume from an older one"
+            )
+    trainer_state = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+    return Checkpoint(
+        path, manifest["step"], manifest["progress"], manifest["config"], trainer_state
+    )
+
+
+def newest_checkpoint(run: RunFolder) -> Path | None:
+    """Folder of the newest checkpoint of a run, if it has one."""
+    steps = run.checkpoint_steps()
+    return run.checkpoint(steps[-1]) if steps else None
+
+
+def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    # one shard whatever the size, so that the weights have one name
+    model.save_pretrained(folder, max_shard_size="1TB")
+    tokenizer.save_pretrained(folder)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _NewFolder:
+    """A folder written beside its place and renamed into it; a failure leaves nothing behind."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        self.replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
+
+    def __enter__(self) -> Path:
+        try:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+            self.temporary.mkdir(parents=True)
+        except OSError as error:
+            raise disk_error(self.target, error) from error
+        return self.temporary
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        try:
+            if error is None:
+                self._swap_in()
+        except OSError as swap_error:
+            raise disk_error(self.target, swap_error) from swap_error
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        if error is not None and _is_disk_failure(error):
+            cause = error if isinstance(error, OSError) else OSError(str(error))
+            raise disk_error(self.target, cause) from error
+
+    def _swap_in(self) -> None:
+        for path in self.temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if self.target.exists():
+            self.target.rename(self.replaced)
+        self.temporary.rename(self.target)
+        shutil.rmtree(self.replaced, ignore_errors=True)
+
+
+def _is_disk_failure(error: BaseException) -> bool:
+    # safetensors and torch.save report a full disk as errors of their own
+    named = ("No space left", "PytorchStreamWriter", "os error", "I/O error")
+    return isinstance(error, OSError) or (
+        not isinstance(error, RunError) and any(text in str(error) for text in named)
+    )

@@ -1,0 +1,187 @@
+"""One optimizer step: forward and backward over all micro-batches, and what it measured.
+
+Letters: A micro-batches, B sequences in one, L tokens in a sequence, N mixture layers, E experts,
+D domains.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
+
+from moe_emergence.config import DOMAINS, OptimConfig
+from moe_emergence.data.loader import StepBatch
+from moe_emergence.moe import RouterDecision, RouterNoise, auxiliary_losses
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass left behind."""
+
+    row_losses_B: Tensor
+    """(B,) lm_loss of every sequence, nats per token."""
+    domain_ids_B: Tensor
+    decisions: tuple[RouterDecision, ...]
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """Sums over all sequences of a step and all processes; divide by the counts."""
+
+    lm_loss: Tensor
+    """Scalar: mean lm_loss."""
+    lb_loss: Tensor
+    """Scalar: mean balance loss."""
+    z_loss: Tensor
+    """Scalar: mean z loss."""
+    domain_loss_D: Tensor
+    """(D,) summed lm_loss of the sequences of each domain."""
+    domain_rows_D: Tensor
+    """(D,) sequences of each domain."""
+    expert_counts_NE: Tensor
+    """(N, E) assignments."""
+    entropy_N: Tensor
+    """(N,) mean entropy of the clean probabilities, nats."""
+
+
+def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """(B, L-1) next-token cross-entropy in nats, computed in fp32."""
+    ignored = input_ids.new_full((input_ids.shape[0], 1), -100)
+    labels = torch.cat([input_ids[:, 1:], ignored], dim=1)
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+    )
+    return losses.view_as(labels)[:, :-1]
+
+
+def forward(
+    model: torch.nn.Module,
+    input_ids_BL: Tensor,
+    domain_ids_B: Tensor,
+    noise: RouterNoise | None = None,
+) -> Pass:
+    """Run one micro-batch through a dense or a mixture model."""
+    if noise is None:
+        outputs = model(input_ids=input_ids_BL, use_cache=False)
+    else:
+        outputs = model(input_ids=input_ids_BL, use_cache=False, router_noise=noise)
+    row_losses_B = token_losses(outputs.logits, input_ids_BL).mean(dim=1)
+    return Pass(row_losses_B, domain_ids_B, outputs.get("router_decisions") or ())
+
+
+def forward_backward(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    batch: StepBatch,
+    optim: OptimConfig,
+    noise: RouterNoise | None,
+) -> StepSums:
+    """Accumulate the gradients of one optimizer step.
+
+    With balance scope "global" the balance loss counts assignments over the whole step, so that
+    the result does not depend on how the step is split into micro-batches and processes: all
+    micro-batches go forward before one backward. With "micro" each counts for itself.
+
+    Args:
+        batch: this process's share, (A, B, L).
+        noise: of the whole step; None for a dense model.
+    """
+    micro_batches = list(zip(batch.input_ids, batch.domain_ids, strict=True))
+    num_micro = len(micro_batches)
+    groups = [micro_batches]
+    if optim.balance_scope == "micro":
+        groups = [[micro_batch] for micro_batch in micro_batches]
+    passes: list[Pass] = []
+    lb_losses, z_losses = [], []
+    for group in groups:
+        is_last = group is groups[-1]
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            done = [
+                forward(model, ids, domains, _noise_of(noise, accelerator, len(passes) + i, ids))
+                for i, (ids, domains) in enumerate(group)
+            ]
+            fractions = None
+            if optim.balance_scope == "global":
+                fractions = _global_fractions(accelerator, done)
+            loss = torch.zeros((), device=accelerator.device)
+            for one in done:
+                loss = loss + one.row_losses_B.mean() / num_micro
+                if one.decisions:
+                    lb_loss, z_loss = auxiliary_losses(one.decisions, None, fractions)
+                    loss = loss + (optim.lb_coef * lb_loss + optim.z_coef * z_loss) / num_micro
+                    lb_losses.append(lb_loss.detach())
+                    z_losses.append(z_loss.detach())
+            accelerator.backward(loss)
+        passes += done
+    return _sum_up(accelerator, passes, lb_losses, z_losses)
+
+
+def _noise_of(
+    noise: RouterNoise | None, accelerator: Accelerator, micro: int, input_ids_BL: Tensor
+) -> RouterNoise | None:
+    """The step's noise from where this micro-batch begins in the global batch."""
+    if noise is None:
+        return None
+    place = micro * accelerator.num_processes + accelerator.process_index
+    return dataclasses.replace(noise, first_token=place * input_ids_BL.numel())
+
+
+def _global_fractions(accelerator: Accelerator, passes: Sequence[Pass]) -> list[Tensor] | None:
+    """Per layer the share (E,) of the whole step's assignments, over all processes."""
+    if not passes[0].decisions:
+        return None
+    counts_NE = _counts(passes).double()
+    if accelerator.num_processes > 1:
+        counts_NE = accelerator.reduce(counts_NE, "sum")
+    return list((counts_NE / counts_NE.sum(dim=1, keepdim=True)).unbind())
+
+
+def _counts(passes: Sequence[Pass]) -> Tensor:
+    """(N, E) assignments in these passes."""
+    per_pass = [torch.stack([d.expert_counts() for d in p.decisions]) for p in passes]
+    return torch.stack(per_pass).sum(dim=0)
+
+
+def _sum_up(
+    accelerator: Accelerator,
+    passes: Sequence[Pass],
+    lb_losses: Sequence[Tensor],
+    z_losses: Sequence[Tensor],
+) -> StepSums:
+    zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
+    rows = torch.cat([p.row_losses_B.detach() for p in passes]).double()
+    domains = functional.one_hot(torch.cat([p.domain_ids_B for p in passes]), len(DOMAINS)).double()
+    counts_NE, entropy_N = zero.new_zeros(0, 0), zero.new_zeros(0)
+    if passes[0].decisions:
+        counts_NE = _counts(passes).double()
+        entropies = [torch.stack([d.entropy() for d in p.decisions]) for p in passes]
+        entropy_N = torch.stack(entropies).double().mean(dim=0)
+    parts = (
+        rows.mean(),
+        torch.stack(list(lb_losses)).double().mean() if lb_losses else zero,
+        torch.stack(list(z_losses)).double().mean() if z_losses else zero,
+        rows @ domains,
+        domains.sum(dim=0),
+        counts_NE,
+        entropy_N,
+    )
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    if accelerator.num_processes > 1:
+        flat = accelerator.reduce(flat, "sum")
+    sizes = [part.numel() for part in parts]
+    lm, lb, z, domain_loss, domain_rows, counts, entropy = flat.split(sizes)
+    share = 1.0 / accelerator.num_processes
+    return StepSums(
+        (lm * share).squeeze(0),
+        (lb * share).squeeze(0),
+        (z * share).squeeze(0),
+        domain_loss,
+        domain_rows,
+        counts.view_as(counts_NE),
+        entropy * share,
+    )

@@ -1,0 +1,304 @@
+"""The training loop: steps, metrics, evaluation, checkpoints, collapse, interruption.
+
+Letters: N mixture layers, E experts.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from moe_emergence.config import RunConfig, to_dict
+from moe_emergence.data import PreparedData
+from moe_emergence.data.loader import StepBatch, make_step_loader
+from moe_emergence.errors import RunError
+from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.moe import RouterNoise, TopKRouter
+from moe_emergence.run_folder import MetricsWriter, RunFolder, write_json
+from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_model_folder
+from moe_emergence.training.collapse import CollapseDetector
+from moe_emergence.training.evaluation import Evaluation, evaluate
+from moe_emergence.training.interrupt import StopRequest
+from moe_emergence.training.metrics import StepRecord, check_finite, step_row
+from moe_emergence.training.progress import TrainingProgress
+from moe_emergence.training.schedules import build_optimizer, learning_rate_schedule, noise_std
+from moe_emergence.training.step import StepSums, forward_backward
+from moe_emergence.training.tracking import Tracking
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """How a run ended: `run_summary.json`."""
+
+    status: str
+    """completed, collapsed, interrupted or failed."""
+    final_step: int
+    best_eval_lm_loss: float | None
+    tokens_per_sec: float
+    wall_seconds: float
+
+
+def tokens_per_step(config: RunConfig, num_processes: int) -> int:
+    """Tokens of one optimizer step over all processes."""
+    rows = config.optim.batch_size * config.optim.grad_accum_steps * num_processes
+    return rows * config.data.block_size
+
+
+class Trainer:
+    """Trains one model in one run folder.
+
+    Args:
+        config: of the run; `config.model.moe_layers` are those of `model`.
+        model: GPT-2, dense or with mixture layers; already holding the checkpoint's weights.
+        data: blocks, tokenizer and manifest.
+        run: the run folder.
+        accelerator: device, precision and processes.
+        checkpoint: to continue from.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        model: PreTrainedModel,
+        data: PreparedData,
+        run: RunFolder,
+        accelerator: Accelerator,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        self.config, self.data, self.run, self.accelerator = config, data, run, accelerator
+        self.unwrapped = model
+        self.tokens_per_step = tokens_per_step(config, accelerator.num_processes)
+        self.detector = CollapseDetector(
+            config.monitor.collapse_threshold, config.monitor.collapse_checks
+        )
+        self.last_evaluation: Evaluation | None = None
+        self.step, self.best = 0, math.inf
+        self.train_seconds = self.wall_seconds = 0.0
+        optimizer = build_optimizer(model, config.optim)
+        self.schedule = learning_rate_schedule(optimizer, config.optim)
+        self.loader = make_step_loader(
+            data.train_blocks,
+            seed=config.seed,
+            batch_size=config.optim.batch_size,
+            grad_accum_steps=config.optim.grad_accum_steps,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        self.metrics = MetricsWriter(run.metrics)
+        self._pending: list[StepRecord] = []
+        self._clock = self._started = time.perf_counter()
+
+    def train(self) -> RunSummary:
+        """Train to the last step, or until stopped, and write the summary.
+
+        Raises:
+            RunError: for a loss that is not finite or a disk that cannot be written; the summary
+                then says "failed", and earlier checkpoints are untouched.
+        """
+        self._on_main(lambda: self.metrics.keep_up_to(self.step))
+        name, is_main = self.config.run_name, self.accelerator.is_main_process
+        self.tracking = Tracking(
+            self.config.monitor.track if is_main else "none",
+            self.run.root,
+            name,
+            to_dict(self.config),
+        )
+        bar = TrainingProgress(name, self.step, self.config.optim.max_steps, enabled=is_main)
+        try:
+            with StopRequest() as stop, bar as self.progress:
+                status = self._loop(stop)
+            if status != "interrupted":
+                self._on_main(lambda: self._save_model(self.run.final_model.name))
+        except RunError:
+            self._write_summary("failed")
+            raise
+        finally:
+            self.tracking.finish()
+        return self._write_summary(status)
+
+    def _loop(self, stop: StopRequest) -> str:
+        monitor, max_steps = self.config.monitor, self.config.optim.max_steps
+        if self.step == 0:
+            self._evaluate()
+        batches = iter(self.loader)
+        self.model.train()
+        status = "completed"
+        self._clock = time.perf_counter()
+        while self.step < max_steps and status == "completed":
+            sums = self._train_step(next(batches))
+            self.step += 1
+            is_last = self.step == max_steps
+            if (
+                self._agreed(stop.requested) or self.step == self.config.stop_after
+            ) and not is_last:
+                status = "interrupted"
+            checking = self.step % monitor.collapse_every == 0 and self.config.model.moe_layers
+            evaluating = self.step % monitor.eval_every == 0 or is_last
+            saving = self.step % monitor.save_every == 0 or is_last or status == "interrupted"
+            if self.step % monitor.log_every == 0 or checking or evaluating or saving:
+                self._flush()
+            if checking and self._collapsed(sums) and monitor.collapse_early_stop:
+                status, evaluating, saving = "collapsed", True, True
+            if evaluating:
+                self._evaluate()
+            if saving:
+                self._on_main(self._save_checkpoint)
+            if evaluating or saving:
+                self._clock = time.perf_counter()
+        return status
+
+    def _train_step(self, batch: StepBatch) -> StepSums:
+        config, optim = self.config, self.config.optim
+        # dropout is a function of (seed, step, process): nothing to save, nothing to drift
+        torch.manual_seed(hash((config.seed, self.step, self.accelerator.process_index)))
+        noise = None
+        if config.model.moe_layers:
+            noise = RouterNoise(noise_std(self.step, optim), config.seed, self.step)
+        device = self.accelerator.device
+        batch = StepBatch(batch.input_ids.to(device), batch.domain_ids.to(device))
+        sums = forward_backward(self.accelerator, self.model, batch, optim, noise)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
+        learning_rate = float(self.schedule.get_last_lr()[0])
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if config.model.expert_bias_rate and isinstance(self.unwrapped, MoEGPT2LMHeadModel):
+            layers = self.unwrapped.moe_layers().values()
+            for layer, counts_E in zip(layers, sums.expert_counts_NE, strict=True):
+                if isinstance(layer.router, TopKRouter):
+                    layer.router.update_expert_bias(counts_E, config.model.expert_bias_rate)
+        std = None if noise is None else noise.std
+        self._pending.append(StepRecord(self.step + 1, sums, norm, learning_rate, std))
+        return sums
+
+    def _flush(self) -> None:
+        """Move the pending measurements off the device in one go and write their rows."""
+        if not self._pending:
+            return
+        every, layers = self.config.monitor.log_router_every, self.config.model.moe_layers
+        rows = [step_row(r, layers if r.step % every == 0 else ()) for r in self._pending]
+        now = time.perf_counter()
+        rate = len(rows) * self.tokens_per_step / (now - self._clock)
+        rows[-1]["perf/tokens_per_sec"] = rate
+        self.train_seconds += now - self._clock
+        self._pending, self._clock = [], now
+        good, failure = check_finite(rows)
+        self._record(good)
+        if failure is not None:
+            raise RunError(f"{failure}; {self._advice()}")
+        self.progress.update(self.step, rows[-1]["train/lm_loss"], rate)
+
+    def _record(self, rows: list[dict[str, float]]) -> None:
+        if self.accelerator.is_main_process:
+            self.metrics.append(rows)
+            for row in rows:
+                self.tracking.log(row)
+
+    def _advice(self) -> str:
+        steps = self.run.checkpoint_steps()
+        last = str(self.run.checkpoint(steps[-1])) if steps else "none yet"
+        return f"lower --learning-rate or use --precision fp32; last checkpoint: {last}"
+
+    def _collapsed(self, sums: StepSums) -> bool:
+        fractions_NE = sums.expert_counts_NE / sums.expert_counts_NE.sum(dim=1, keepdim=True)
+        layers = self.config.model.moe_layers
+        by_layer = dict(zip(layers, fractions_NE.tolist(), strict=True))
+        collapse = self.detector.check(self.step, by_layer)
+        if collapse is not None:
+            logger.warning(
+                "collapse at step %d: expert %d of layer %d takes %.1f%% of the assignments",
+                collapse.step,
+                collapse.expert,
+                collapse.layer,
+                100 * collapse.fraction,
+            )
+        return collapse is not None
+
+    def _evaluate(self) -> None:
+        evaluation = evaluate(
+            self.accelerator,
+            self.model,
+            self.data.eval_blocks,
+            batch_size=self.config.optim.batch_size,
+            max_blocks=self.config.monitor.eval_blocks,
+            moe_layers=self.config.model.moe_layers,
+        )
+        self.last_evaluation = evaluation
+        if not math.isfinite(evaluation.lm_loss):
+            raise RunError(f"eval/lm_loss is not finite at step {self.step}; {self._advice()}")
+        row = evaluation.metrics()
+        self.progress.evaluated(self.step, row)
+        self._record([{"step": self.step, **row}])
+        if evaluation.lm_loss < self.best:
+            self.best = evaluation.lm_loss
+            self._on_main(lambda: self._save_model(self.run.best_model.name))
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        if self.accelerator.is_main_process:
+            action()
+        self.accelerator.wait_for_everyone()
+
+    def _save_model(self, name: str) -> None:
+        save_model_folder(self.run.root / name, self.unwrapped, self.data.tokenizer)
+
+    def _save_checkpoint(self) -> None:
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "loader": self.loader.state_dict(),
+        }
+        progress = {
+            "best_eval_lm_loss": self.best,
+            "collapse_streaks": self.detector.state_dict(),
+            "train_seconds": self.train_seconds,
+            "wall_seconds": self.wall_seconds + time.perf_counter() - self._started,
+            "tokens_per_step": self.tokens_per_step,
+        }
+        save_checkpoint(
+            self.run,
+            self.step,
+            self.unwrapped,
+            self.data.tokenizer,
+            trainer_state=state,
+            progress=progress,
+            config=to_dict(self.config),
+            keep_last_k=self.config.monitor.keep_last_k,
+        )
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.step = checkpoint.step
+        self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
+        self.schedule.load_state_dict(checkpoint.trainer_state["schedule"])
+        self.loader.load_state_dict(checkpoint.trainer_state["loader"])
+        self.best = checkpoint.progress["best_eval_lm_loss"]
+        self.detector.load_state_dict(checkpoint.progress["collapse_streaks"])
+        self.train_seconds = checkpoint.progress["train_seconds"]
+        self.wall_seconds = checkpoint.progress["wall_seconds"]
+
+    def _agreed(self, requested: bool) -> bool:
+        """Whether any process was asked to stop: all must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return requested
+        flag = torch.tensor(float(requested), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    def _write_summary(self, status: str) -> RunSummary:
+        summary = RunSummary(
+            status,
+            self.step,
+            self.best if math.isfinite(self.best) else None,
+            self.step * self.tokens_per_step / max(self.train_seconds, 1e-9),
+            self.wall_seconds + time.perf_counter() - self._started,
+        )
+        self._on_main(lambda: write_json(self.run.summary, vars(summary)))
+        return summary
