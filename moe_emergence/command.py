@@ -28,10 +28,10 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
     """
     hidden = io.StringIO()
     flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type,misc]
-    start: Any = tyro.MISSING if default is None else default
+    start: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(hidden):
-            result: T = tyro.cli(flat, args=list(argv), prog=prog, default=start)
+            result: T = tyro.cli(flat, args=list(argv), prog=prog, **start)
     except SystemExit as stop:
         if stop.code:
             raise ValueError(_first_message(hidden.getvalue(), prog)) from None
@@ -47,6 +47,9 @@ def _first_message(box: str, prog: str) -> str:
         if line.startswith(("─", "╰", "╭")):
             break
         message.append(line)
+    if message and message[0].startswith("Missing from"):
+        flags = re.findall(r"(?m)^(--[\w-]+)", "\n".join(message))
+        return f"{', '.join(flags)}: required and not given (see {prog} --help)"
     text = re.sub(r"^Error parsing (model|data|optim|monitor|cls)?:? ?", "", " ".join(message))
     return f"{text} (see {prog} --help)"
 

@@ -58,8 +58,8 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run was started here."""
-        return self.config.exists()
+        """Whether a run, or a run it depends on, was started here."""
+        return self.root.is_dir() and any(self.root.iterdir())
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after optimizer step `step`."""

@@ -4,10 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moe_emergence.config import ModelConfig, check, check_layers_exist
+from moe_emergence.hub_access import check_model_reachable, reason
+from moe_emergence.models.modeling import MoEGPT2LMHeadModel
+
+LanguageModel = GPT2LMHeadModel | MoEGPT2LMHeadModel
 
 
 def new_dense_model(
@@ -38,18 +43,21 @@ def load_dense_model(
         ValueError: when it cannot be loaded, is not a dense GPT-2, or does not fit the rest.
     """
     base = model.base
+    options: dict[str, Any] = {"cache_dir": str(Path(cache_dir) / "models"), **_dropout(model)}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            base,
-            cache_dir=str(Path(cache_dir) / "models"),
-            dtype=torch.float32,
-            **_dropout(model),
-        )
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                base, dtype=torch.float32, local_files_only=True, **options
+            )
+        except OSError:
+            if Path(base).is_dir():
+                raise
+            check_model_reachable(base)
+            loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"--base {base}: no model could be loaded ({reason}); give a folder with a GPT-2 "
-            f'model, or "scratch" with --pretrain-steps'
+            f"--base {base}: no model could be loaded ({reason(error)}); give a folder with "
+            f'a GPT-2 model, or "scratch" with --pretrain-steps'
         ) from error
     if not isinstance(loaded, GPT2LMHeadModel):
         raise ValueError(f"--base {base}: give a dense GPT-2, not {type(loaded).__name__}")
@@ -69,9 +77,20 @@ def load_dense_model(
     return loaded
 
 
-def load_trained_model(folder: Path) -> PreTrainedModel:
-    """The model in a run's `best-model`, `final-model` or checkpoint folder, dense or mixture."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+def load_trained_model(folder: Path) -> LanguageModel:
+    """The model in a run's `best-model`, `final-model` or checkpoint folder, dense or mixture.
+
+    Raises:
+        ValueError: when there is none that can be read.
+    """
+    try:
+        if not folder.is_dir():
+            raise FileNotFoundError("there is no such folder")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: no model could be loaded ({reason(error)})") from error
+    if not isinstance(model, (GPT2LMHeadModel, MoEGPT2LMHeadModel)):
+        raise ValueError(f"{folder}: holds a {type(model).__name__}, neither GPT-2 nor its mixture")
     return model
 
 

@@ -11,12 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2LMHeadModel
 
 from moe_emergence.config import RunConfig, check, check_layers_exist, to_dict
 from moe_emergence.data import PreparedData, prepare_data
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
-from moe_emergence.models.loading import load_dense_model, load_trained_model, new_dense_model
+from moe_emergence.models.loading import (
+    LanguageModel,
+    load_dense_model,
+    load_trained_model,
+    new_dense_model,
+)
 from moe_emergence.moe import get_dispatcher
 from moe_emergence.run_folder import RunFolder, read_json, write_json
 from moe_emergence.training.checkpoint import Checkpoint
@@ -37,7 +42,7 @@ class Stage:
     """base, moe or dense."""
     config: RunConfig
     run: RunFolder
-    make_model: Callable[[PreparedData], PreTrainedModel]
+    make_model: Callable[[PreparedData], LanguageModel]
     """The model at step 0."""
 
 
@@ -70,7 +75,6 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     with accelerator.main_process_first():
         data = prepare_data(config.data, config.seed)
     check_same_data_as(run, checkpoint, data.manifest)
-    _start_folder(run, config, data, accelerator)
     begun: list[Stage] = []
     evaluation = None
     status = "completed"
@@ -154,7 +158,7 @@ def _upcycled(
 def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         check_same_run(checkpoint.config, config)
-    elif run.exists:
+    elif run.config.exists():
         check_same_run(read_json(run.config), config)
     done = checkpoint.step if checkpoint else 0
     check(
@@ -187,8 +191,8 @@ def _run_stage(
     if finished is not None:
         logger.info("%s is %s: nothing to do", run.root, finished.status)
         return finished, None
-    _start_folder(run, config, data, accelerator)
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
+    _start_folder(run, config, data, accelerator)
     if isinstance(model, MoEGPT2LMHeadModel):
         model.set_dispatch(config.dispatch)
     check_layers_exist(config.model.moe_layers, model.config.n_layer)

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel
 
 from moe_emergence.config import RunConfig, to_dict
 from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.errors import RunError
 from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise, TopKRouter
 from moe_emergence.run_folder import MetricsWriter, RunFolder, write_json
 from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_model_folder
@@ -66,7 +66,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
-        model: PreTrainedModel,
+        model: LanguageModel,
         data: PreparedData,
         run: RunFolder,
         accelerator: Accelerator,
