@@ -19,6 +19,9 @@ from moe_emergence.errors import RunError
 
 T = TypeVar("T")
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+
 
 def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
     """Fill the dataclass `cls` from flags (nested fields without prefixes).
@@ -57,8 +60,8 @@ def _first_message(box: str, prog: str) -> str:
 def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call `main(argv)` and turn its errors into one line on stderr and an exit code.
 
-    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`), 130
-    for Ctrl-C. With `--debug` the traceback is shown instead.
+    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`),
+    `INTERRUPTED` for Ctrl-C. With `--debug` the traceback is shown instead.
     """
     logging.basicConfig(
         level=logging.WARNING,
@@ -73,7 +76,7 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     try:
         return main(argv)
     except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        return _fail("interrupted", INTERRUPTED)
     except ValueError as error:
         if "--debug" in argv:
             raise

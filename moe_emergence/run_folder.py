@@ -1,5 +1,6 @@
 """The files of a run: where each lives, and how each is written without ever being half there."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -87,7 +88,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise disk_error(path, error) from error
 
 
@@ -146,7 +148,8 @@ class MetricsWriter:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             temporary.replace(self.path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
             raise disk_error(self.path, error) from error
 
 

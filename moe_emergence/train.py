@@ -5,21 +5,23 @@ from pathlib import Path
 
 from moe_emergence.analysis.expert_domain import plot_expert_domain, write_expert_domain_table
 from moe_emergence.analysis.summary import print_comparison
-from moe_emergence.command import parse, run
+from moe_emergence.command import INTERRUPTED, parse, run
 from moe_emergence.config import RunConfig
 from moe_emergence.presets import get_preset
 from moe_emergence.training.experiment import ExperimentResult, run_experiment
+from moe_emergence.training.launch import start_missing_processes
 
 PROG = "python -m moe_emergence.train"
 
 
 def main(argv: list[str]) -> int:
     """Train as the flags say, starting from `--preset` (demo without one)."""
+    start_missing_processes("moe_emergence.train", argv)
     config = parse(RunConfig, argv, PROG, default=get_preset(_preset_name(argv)))
     result = run_experiment(config)
     if result.is_main_process:
         _report(config, result)
-    return 0
+    return INTERRUPTED if result.stopped_by_signal else 0
 
 
 def _preset_name(argv: list[str]) -> str:

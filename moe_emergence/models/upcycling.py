@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 
 from moe_emergence.models.configuration import MoEGPT2Config
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel
-from moe_emergence.moe import MoELayer
+from moe_emergence.moe import MoELayer, TopKRouter
 from moe_emergence.moe.routing import RouterKind
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -109,5 +109,6 @@ def _copy_mlp(
         target.copy_(
             source + noise * source.std() * deviates if noise else source.expand_as(target)
         )
-    for parameter in layer.router.parameters():
-        parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    if isinstance(layer.router, TopKRouter):
+        weight_EH = layer.router.weight
+        weight_EH.copy_(0.02 * torch.randn(weight_EH.shape, generator=generator))

@@ -61,6 +61,7 @@ class TopKRouter(nn.Module):
         ValueError: if top_k is not in [1, num_experts].
     """
 
+    weight: Tensor
     expert_bias: Tensor | None
 
     def __init__(
@@ -76,7 +77,12 @@ class TopKRouter(nn.Module):
         check_top_k(top_k, num_experts)
         self.top_k = top_k
         self.frozen = frozen
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size), requires_grad=not frozen)
+        weight_EH = torch.empty(num_experts, hidden_size)
+        if frozen:
+            # a buffer: no optimizer, no gradient and no loading code can make it trainable again
+            self.register_buffer("weight", weight_EH)
+        else:
+            self.weight = nn.Parameter(weight_EH)
         self.register_buffer("expert_bias", torch.zeros(num_experts) if use_expert_bias else None)
         nn.init.normal_(self.weight, std=0.02)
 
@@ -84,12 +90,10 @@ class TopKRouter(nn.Module):
         self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids_T: Tensor | None = None
     ) -> RouterDecision:
         """Choose K experts for every row of `x_TH` (T, H); `token_ids_T` is not used."""
-        weight_EH: Tensor = self.weight
-        if self.frozen:
-            x_TH, weight_EH = x_TH.detach(), weight_EH.detach()
+        x_TH = x_TH.detach() if self.frozen else x_TH
         with torch.autocast(x_TH.device.type, enabled=False):
             wide = torch.promote_types(x_TH.dtype, torch.float32)
-            logits_TE = functional.linear(x_TH.to(wide), weight_EH.to(wide))
+            logits_TE = functional.linear(x_TH.to(wide), self.weight.to(wide))
             probs_TE = logits_TE.softmax(dim=-1)
             noisy_TE = probs_TE
             if self.training and noise is not None and noise.std > 0:

@@ -8,6 +8,7 @@ configuration and the SHA-256 of every other file).
 import hashlib
 import logging
 import os
+import pickle
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +99,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"--resume {path}: the checkpoint is torn, {name} is not what was written; "
                 f"resume from an older one"
             )
-    trainer_state = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+    try:
+        trainer_state = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--resume {path}: {TRAINER_STATE} holds more than tensors and is not loaded"
+        ) from error
     return Checkpoint(
         path, manifest["step"], manifest["progress"], manifest["config"], trainer_state
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_emergence.config import DOMAINS
 from moe_emergence.data.loader import eval_batches
-from moe_emergence.moe import auxiliary_losses
+from moe_emergence.moe import router_z_loss
 from moe_emergence.training.step import forward
 
 
@@ -46,6 +46,7 @@ def evaluate(
     batch_size: int,
     max_blocks: int = 0,
     moe_layers: tuple[int, ...] = (),
+    num_experts: int = 0,
 ) -> Evaluation:
     """Evaluate on (rows, L) blocks per domain, shared out over the processes.
 
@@ -53,51 +54,67 @@ def evaluate(
         blocks: per domain in `DOMAINS`, int32.
         batch_size: B per process; it does not change which tokens are seen.
         max_blocks: rows per domain, 0 for all.
-        moe_layers: indices of the mixture layers, in order.
+        moe_layers: indices of the mixture layers, in order; with `num_experts` E each.
     """
     was_training = model.training
     model.eval()
-    # columns: loss sum, rows, balance and z sums, then the assignments of every layer and expert
-    sums = [_domain_sums(accelerator, model, i, blocks, batch_size, max_blocks) for i in _ids()]
+    limit = max_blocks or None
+    per_domain = [
+        _domain_sums(
+            accelerator, model, i, blocks[domain][:limit], batch_size, len(moe_layers), num_experts
+        )
+        for i, domain in enumerate(DOMAINS)
+    ]
     model.train(was_training)
-    width = max(s.numel() for s in sums)
-    table = torch.stack([torch.nn.functional.pad(s, (0, width - s.numel())) for s in sums])
+    sums_DX = torch.stack(per_domain)
     if accelerator.num_processes > 1:
-        table = accelerator.reduce(table, "sum")
-    loss, rows, lb, z = table[:, :4].unbind(dim=1)
-    counts_DNE = table[:, 4:].reshape(len(DOMAINS), max(len(moe_layers), 1), -1)
-    fractions = counts_DNE / counts_DNE.sum(dim=-1, keepdim=True).clamp(min=1)
+        sums_DX = accelerator.reduce(sums_DX, "sum")
+    loss_D, rows_D, z_D = sums_DX[:, :3].unbind(dim=1)
+    lb_loss, z_loss, fractions_DNE = None, None, None
+    if moe_layers:
+        shape = (len(DOMAINS), 2, len(moe_layers), num_experts)
+        counts_DNE, probs_DNE = sums_DX[:, 3:].reshape(shape).unbind(dim=1)
+        fractions_DNE = counts_DNE / counts_DNE.sum(dim=-1, keepdim=True).clamp(min=1)
+        # over all evaluation tokens at once, so that it does not depend on the batch size
+        lb_loss = float(_balance(counts_DNE.sum(dim=0), probs_DNE.sum(dim=0)))
+        z_loss = float(z_D.sum() / rows_D.sum())
     return Evaluation(
-        lm_loss=float(loss.sum() / rows.sum()),
-        domain_lm_loss=dict(zip(DOMAINS, (loss / rows).tolist(), strict=True)),
-        lb_loss=float(lb.sum() / rows.sum()) if moe_layers else None,
-        z_loss=float(z.sum() / rows.sum()) if moe_layers else None,
-        domain_fractions={
-            layer: fractions[:, place].tolist() for place, layer in enumerate(moe_layers)
-        },
+        lm_loss=float(loss_D.sum() / rows_D.sum()),
+        domain_lm_loss=dict(zip(DOMAINS, (loss_D / rows_D).tolist(), strict=True)),
+        lb_loss=lb_loss,
+        z_loss=z_loss,
+        domain_fractions={}
+        if fractions_DNE is None
+        else {layer: fractions_DNE[:, n].tolist() for n, layer in enumerate(moe_layers)},
     )
 
 
-def _ids() -> range:
-    return range(len(DOMAINS))
+def _balance(counts_NE: Tensor, probs_NE: Tensor) -> Tensor:
+    """Balance loss from sums over tokens: `E * sum_e f_e P_e` per layer, mean over layers."""
+    f_NE = counts_NE / counts_NE.sum(dim=1, keepdim=True)
+    p_NE = probs_NE / probs_NE.sum(dim=1, keepdim=True)
+    return counts_NE.shape[1] * (f_NE * p_NE).sum(dim=1).mean()
 
 
 def _domain_sums(
     accelerator: Accelerator,
     model: torch.nn.Module,
     domain_id: int,
-    blocks: Mapping[str, Tensor],
+    blocks: Tensor,
     batch_size: int,
-    max_blocks: int,
+    num_layers: int,
+    num_experts: int,
 ) -> Tensor:
-    """(4 + N*E,) fp64 sums of one domain over this process's rows."""
+    """fp64 sums of one domain over this process's rows, flat.
+
+    Summed lm_loss, rows and summed z loss, then the assignments (N*E,) and the summed clean
+    probabilities (N*E,).
+    """
     device = accelerator.device
-    totals = torch.zeros(4, dtype=torch.float64, device=device)
-    counts = torch.zeros(0, dtype=torch.float64, device=device)
-    rows_BL = blocks[DOMAINS[domain_id]]
-    rows_BL = rows_BL[:max_blocks] if max_blocks else rows_BL
+    losses = torch.zeros(3, dtype=torch.float64, device=device)
+    routing = torch.zeros(2, num_layers, num_experts, dtype=torch.float64, device=device)
     for batch in eval_batches(
-        rows_BL,
+        blocks,
         batch_size,
         process_index=accelerator.process_index,
         num_processes=accelerator.num_processes,
@@ -105,12 +122,11 @@ def _domain_sums(
         input_ids = batch.to(device)
         domain_ids = torch.full((len(input_ids),), domain_id, device=device)
         done = forward(model, input_ids, domain_ids)
-        totals[0] += done.row_losses_B.double().sum()
-        totals[1] += len(input_ids)
+        losses[0] += done.row_losses_B.double().sum()
+        losses[1] += len(input_ids)
         if done.decisions:
-            lb_loss, z_loss = auxiliary_losses(done.decisions)
-            totals[2] += lb_loss.double() * len(input_ids)
-            totals[3] += z_loss.double() * len(input_ids)
-            batch_counts = torch.stack([d.expert_counts() for d in done.decisions]).reshape(-1)
-            counts = batch_counts.double() if not counts.numel() else counts + batch_counts
-    return torch.cat([totals, counts])
+            z_losses = [router_z_loss(d.router_logits) for d in done.decisions]
+            losses[2] += torch.stack(z_losses).double().mean() * len(input_ids)
+            routing[0] += torch.stack([d.expert_counts() for d in done.decisions])
+            routing[1] += torch.stack([d.router_probs.double().sum(0) for d in done.decisions])
+    return torch.cat([losses, routing.flatten()])

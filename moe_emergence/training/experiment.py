@@ -56,6 +56,7 @@ class ExperimentResult:
     """Those that have begun, in order; the run itself is the one in the experiment's folder."""
     evaluation: Evaluation | None
     """The run's last evaluation, if it was made in this process."""
+    stopped_by_signal: bool
     is_main_process: bool
 
 
@@ -89,7 +90,9 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
             if not run.summary.exists() and accelerator.is_main_process:
                 write_json(run.summary, vars(replace(summary, final_step=0)))
             break
-    return ExperimentResult(status, tuple(begun), evaluation, accelerator.is_main_process)
+    last = begun[-1].config
+    stopped = status == "interrupted" and summary.final_step != last.stop_after
+    return ExperimentResult(status, tuple(begun), evaluation, stopped, accelerator.is_main_process)
 
 
 def stages(config: RunConfig, run: RunFolder) -> list[Stage]:

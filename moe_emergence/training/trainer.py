@@ -232,6 +232,7 @@ class Trainer:
             batch_size=self.config.optim.batch_size,
             max_blocks=self.config.monitor.eval_blocks,
             moe_layers=self.config.model.moe_layers,
+            num_experts=self.config.model.num_experts,
         )
         self.last_evaluation = evaluation
         if not math.isfinite(evaluation.lm_loss):

@@ -1,0 +1,70 @@
+"""What the data of a run was, as JSON: provenance, counts and hashes, to be compared on resume."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_emergence.data.packing import Blocks, PackedBlocks
+
+PROVENANCE = ("source", "kind")
+SETTINGS = {
+    "block_size": "--block-size",
+    "seed": "--seed",
+    "balance_tokens": "--balance-tokens",
+    "tokenizer": "--tokenizer",
+}
+
+
+def hash_blocks(blocks: Blocks) -> str:
+    """SHA-256 of the shape (N, L) and the tokens, both little-endian (int64 and int32)."""
+    digest = hashlib.sha256(np.array(blocks.shape, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(blocks, dtype="<i4").tobytes())
+    return digest.hexdigest()
+
+
+def describe_split(texts: Sequence[str], packed: PackedBlocks, blocks: Blocks) -> dict[str, Any]:
+    """Counts and hash of one split; `blocks` are those of `packed` that are used."""
+    return {
+        "documents": len(texts),
+        "characters": sum(map(len, texts)),
+        "tokens": packed.tokens,
+        "blocks": len(blocks),
+        "sha256": hash_blocks(blocks),
+    }
+
+
+def differences(saved: Any, present: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of the entries that differ, provenance left out, in the order of `present`."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        for name in dict.fromkeys((*present, *saved)):
+            if name not in PROVENANCE:
+                yield from differences(saved.get(name), present.get(name), (*path, name))
+    elif saved != present:
+        yield path
+
+
+def entry(manifest: dict[str, Any], path: tuple[str, ...]) -> Any:
+    """The entry at a path, None where there is none."""
+    found: Any = manifest
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    return found
+
+
+def check_same_data(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """Raise `ValueError` if two manifests are not of the same blocks, settings and tokenizer.
+
+    Where the text came from is not compared: the same tokens from another place are the same data.
+    The message names the first entry that differs.
+    """
+    path = next(differences(saved, present), None)
+    if path is None:
+        return
+    flag = SETTINGS.get(path[0], "the data settings")
+    raise ValueError(
+        f"data of the run to resume: {'.'.join(path)} was {entry(saved, path)} and is now "
+        f"{entry(present, path)}; a resume needs the same data: restore {flag} or start a new "
+        "--run-name"
+    )

@@ -1,0 +1,121 @@
+"""From a data configuration to blocks of tokens: read, split, tokenise, pack, balance, describe."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moe_emergence.config import DOMAINS, DataConfig
+from moe_emergence.data.manifest import describe_split
+from moe_emergence.data.packing import (
+    Blocks,
+    PackedBlocks,
+    balance,
+    check_blocks,
+    pack,
+    warn_if_unbalanced,
+)
+from moe_emergence.data.sources import read_sources
+from moe_emergence.data.split import Split, check_no_leakage, split_texts
+from moe_emergence.data.texts import DomainTexts
+from moe_emergence.data.tokenizer import encode_documents, hash_tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains and evaluates on, the domains in the order of `DOMAINS`.
+
+    Blocks are (N, block_size) int32 per domain. `manifest` is JSON-ready and describes them.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    train_blocks: dict[str, torch.Tensor]
+    eval_blocks: dict[str, torch.Tensor]
+    manifest: dict[str, Any]
+
+
+def prepare_data(config: DataConfig, seed: int) -> PreparedData:
+    """Read the texts and make the blocks; the same configuration and seed make the same blocks.
+
+    Raises `ValueError` naming the flag, file or domain for whatever cannot be read or is too small.
+    """
+    # A tokenizer that is not there should not be found out after minutes of reading.
+    ready = None if config.tokenizer == "train" else load_tokenizer(config, ())
+    sources = read_sources(config, seed)
+    splits = {domain: split_texts(domain, sources[domain].texts, seed) for domain in DOMAINS}
+    for domain, split in splits.items():
+        check_no_leakage(domain, split.train, split.eval)
+    all_train = [text for split in splits.values() for text in split.train]
+    tokenizer = ready or load_tokenizer(config, all_train)
+
+    train = pack_split(tokenizer, {d: s.train for d, s in splits.items()}, "train", config)
+    evaluation = pack_split(tokenizer, {d: s.eval for d, s in splits.items()}, "evaluation", config)
+    train_blocks = {domain: packed.blocks for domain, packed in train.items()}
+    if config.balance_tokens:
+        train_blocks = balance(train_blocks, seed)
+    else:
+        warn_if_unbalanced(train_blocks)
+
+    manifest: dict[str, Any] = {
+        "block_size": config.block_size,
+        "seed": seed,
+        "balance_tokens": config.balance_tokens,
+        "tokenizer": {
+            "kind": config.tokenizer,
+            "vocab_size": len(tokenizer),
+            "sha256": hash_tokenizer(tokenizer),
+        },
+        "domains": {
+            domain: describe_domain(
+                sources[domain],
+                splits[domain],
+                train[domain],
+                train_blocks[domain],
+                evaluation[domain],
+            )
+            for domain in DOMAINS
+        },
+    }
+    return PreparedData(
+        tokenizer=tokenizer,
+        train_blocks={d: torch.from_numpy(train_blocks[d]) for d in DOMAINS},
+        eval_blocks={d: torch.from_numpy(evaluation[d].blocks) for d in DOMAINS},
+        manifest=manifest,
+    )
+
+
+def pack_split(
+    tokenizer: "PreTrainedTokenizerFast",
+    texts: Mapping[str, list[str]],
+    split: str,
+    config: DataConfig,
+) -> dict[str, PackedBlocks]:
+    """Tokenise and pack one split of every domain; `ValueError` if one fills no block."""
+    eos_id = tokenizer.eos_token_id
+    assert isinstance(eos_id, int)
+    packed: dict[str, PackedBlocks] = {}
+    for domain, documents in texts.items():
+        token_lists = encode_documents(tokenizer, documents, f"tokenising {domain} ({split})")
+        packed[domain] = pack(token_lists, eos_id, config.block_size)
+        check_blocks(domain, split, packed[domain])
+    return packed
+
+
+def describe_domain(
+    texts: DomainTexts,
+    split: Split,
+    train: PackedBlocks,
+    train_blocks: Blocks,
+    evaluation: PackedBlocks,
+) -> dict[str, Any]:
+    """The manifest's entry of one domain."""
+    return {
+        "source": texts.source,
+        "duplicates_dropped": split.duplicates_dropped,
+        "train": describe_split(split.train, train, train_blocks),
+        "eval": describe_split(split.eval, evaluation, evaluation.blocks),
+    }

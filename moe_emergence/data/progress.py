@@ -1,0 +1,21 @@
+"""One progress bar on stderr for work that can take more than two seconds."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(description: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Show a bar while the block runs and yield the function that advances it by an amount.
+
+    Nothing is written where stderr is not a terminal. `total` and the amounts share one unit.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    terminal = sys.stderr.isatty()
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not terminal, transient=True) as bars:
+        task = bars.add_task(description, total=total)
+        yield lambda amount: bars.advance(task, amount)

@@ -1,0 +1,131 @@
+"""Shared fixtures: a small folder of data, and configurations that train on it in a second."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState, GradientState
+
+from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.presets import demo
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `--data` folder with 40 short documents a domain, each domain with words of its own."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    for domain in DOMAINS:
+        words = [f"{domain}{i}" for i in range(30)] + ["and", "the", "of"]
+        texts = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def tiny_config(data_folder: Path, cache_folder: Path, tmp_path: Path) -> RunConfig:
+    """The demo at toy size: 2 layers, the second one a mixture; 4 base steps, then 6."""
+    config = demo()
+    return replace(
+        config,
+        run_name="tiny",
+        output_dir=str(tmp_path / "runs"),
+        device="cpu",
+        model=replace(config.model, n_layer=2, n_embd=16, n_head=2, moe_layers=(1,), num_experts=4),
+        data=replace(
+            config.data,
+            data=str(data_folder),
+            cache_dir=str(cache_folder),
+            block_size=16,
+            vocab_size=300,
+        ),
+        optim=replace(
+            config.optim, max_steps=6, pretrain_steps=4, batch_size=4, compare_dense=False
+        ),
+        monitor=replace(
+            config.monitor,
+            eval_every=3,
+            eval_blocks=4,
+            save_every=3,
+            log_every=2,
+            log_router_every=2,
+            collapse_every=2,
+            track="none",
+        ),
+    )
+
+
+@pytest.fixture
+def tiny_flags(tiny_config: RunConfig) -> list[str]:
+    """`tiny_config` as command-line flags on top of the demo preset."""
+    return flags_of(tiny_config)
+
+
+def flags_of(config: RunConfig) -> list[str]:
+    """Every setting of `config` as flags."""
+    flags: list[str] = []
+    groups = (config, config.model, config.data, config.optim, config.monitor)
+    for name, value in ((n, v) for group in groups for n, v in vars(group).items()):
+        flag = "--" + name.replace("_", "-")
+        if name in ("model", "data", "optim", "monitor") and not isinstance(value, str):
+            continue
+        if isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, tuple):
+            flags += [flag, *map(str, value)]
+        elif value is not None:
+            flags += [flag, str(value)]
+    return flags
+
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    """Run `python …` in an empty folder with one thread; stdout and stderr are captured."""
+
+    def run_command(*arguments: str, **options: object) -> "subprocess.CompletedProcess[str]":
+        where = tmp_path / "elsewhere"
+        where.mkdir(exist_ok=True)
+        return subprocess.run(
+            [sys.executable, *arguments],
+            **{
+                "cwd": where,
+                "env": command_environment(),
+                "capture_output": True,
+                "text": True,
+                "timeout": 300,
+                "check": False,
+                **options,
+            },
+        )
+
+    return run_command
+
+
+def command_environment() -> dict[str, str]:
+    """The environment for a subprocess: the package importable from any folder, one thread."""
+    path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerator_state() -> None:
+    """Accelerate keeps device and precision in a process-wide object; each test starts without."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -1,0 +1,310 @@
+"""`python -m moe_emergence.train` and `generate` as a person uses them, in subprocesses."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import command_environment
+from safetensors import safe_open
+
+from moe_emergence.config import DOMAINS
+from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+TRAIN = ("-m", "moe_emergence.train")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, data_folder: Path, cache_folder: Path
+) -> tuple[RunFolder, "subprocess.CompletedProcess[str]"]:
+    """The demo preset at toy size, run once for the tests that look at what it left behind."""
+    where = tmp_path_factory.mktemp("finished")
+    done = subprocess.run(
+        [
+            *(sys.executable, *TRAIN, "--dispatch", "fused", "--device", "cpu"),
+            *("--data", str(data_folder), "--cache-dir", str(cache_folder)),
+            *("--n-embd", "16", "--n-head", "2", "--block-size", "16", "--vocab-size", "300"),
+            *("--batch-size", "4", "--max-steps", "4", "--pretrain-steps", "2"),
+            *("--eval-every", "2", "--save-every", "2", "--log-router-every", "2"),
+        ],
+        cwd=where,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return RunFolder(where / "runs" / "demo"), done
+
+
+def test_demo_ends_well_and_says_so(
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
+) -> None:
+    run, done = finished
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "mixture minus dense" in done.stdout
+    summary = read_json(run.summary)
+    assert summary["status"] == "completed"
+    assert summary["final_step"] == 4
+    assert summary["tokens_per_sec"] > 0
+    assert summary["wall_seconds"] > 0
+
+
+def test_run_folder_holds_what_the_contract_names(
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
+) -> None:
+    run, _ = finished
+    for path in (run.config, run.environment, run.data_manifest, run.metrics, run.summary):
+        assert path.is_file(), path
+    for folder in (run.best_model, run.final_model, run.checkpoint(4)):
+        assert (folder / "model.safetensors").is_file(), folder
+        assert (folder / "tokenizer.json").is_file(), folder
+    assert (run.root / "expert_domain.png").stat().st_size > 10_000
+    assert (run.root / "expert_domain.csv").read_text().startswith("layer,domain,expert,fraction")
+    assert (run.root / "dense" / "run_summary.json").is_file()
+    assert (run.root / "dense-base" / "run_summary.json").is_file()
+    environment = read_json(run.environment)
+    assert {"python", "packages", "device", "commit", "precision"} <= environment.keys()
+
+
+def test_metrics_have_the_documented_keys_at_the_documented_steps(
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
+) -> None:
+    run, _ = finished
+    rows = read_metrics(run.metrics)
+    train = [row for row in rows if "train/lm_loss" in row]
+    assert [row["step"] for row in train] == [1, 2, 3, 4]
+    for row in train:
+        assert {
+            "train/lm_loss",
+            "train/lb_loss",
+            "train/z_loss",
+            "train/learning_rate",
+        } <= row.keys()
+        assert any(f"train/lm_loss_{domain}" in row for domain in DOMAINS)
+    routed = {row["step"]: row for row in rows if "router/layer_2_entropy" in row}
+    assert sorted(routed) == [2, 4]
+    for layer in (2, 3):
+        shares = [routed[4][f"router/layer_{layer}_expert_{e}_frac"] for e in range(8)]
+        assert sum(shares) == pytest.approx(1)
+    evaluated = [row for row in rows if "eval/lm_loss" in row]
+    assert [row["step"] for row in evaluated] == [0, 2, 4]
+    best = min(row["eval/lm_loss"] for row in evaluated)
+    assert read_json(run.summary)["best_eval_lm_loss"] == best
+    assert any("perf/tokens_per_sec" in row for row in rows)
+
+
+def test_table_on_screen_is_what_was_measured(
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
+) -> None:
+    run, done = finished
+    last = read_metrics(run.metrics)[-1]
+    row = next(line for line in done.stdout.splitlines() if "mixture of experts" in line)
+    shown = [float(number) for number in re.findall(r"\d\.\d{4}", row)]
+    keys = [*(f"eval/lm_loss_{domain}" for domain in DOMAINS), "eval/lm_loss"]
+    assert shown == [round(last[key], 4) for key in keys]
+
+
+def test_mixture_starts_from_its_dense_base(
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
+) -> None:
+    """Warm start: at step 0 the mixture's losses are the base's last ones, up to copy noise."""
+    run, _ = finished
+    base = read_metrics(run.root / "dense-base" / "metrics.jsonl")[-1]
+    start = read_metrics(run.metrics)[0]
+    assert start["step"] == 0
+    assert start["eval/lm_loss"] == pytest.approx(base["eval/lm_loss"], abs=1e-3)
+    dense = read_metrics(run.root / "dense" / "metrics.jsonl")[0]
+    assert dense["eval/lm_loss"] == pytest.approx(base["eval/lm_loss"], abs=1e-6)
+
+
+def test_generate_from_every_kind_of_model(
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"], command: Command
+) -> None:
+    run, _ = finished
+    generate = ("-m", "moe_emergence.generate", "--prompt", "code1", "--max-new-tokens", "4")
+    trained = command(*generate, "--checkpoint", str(run.best_model), "--show-routing")
+    assert trained.returncode == 0, trained.stderr
+    assert "layer 2" in trained.stdout
+    assert "layer 3" in trained.stdout
+    saved = command(*generate, "--checkpoint", str(run.checkpoint(4)), "--temperature", "0")
+    assert saved.stdout.startswith("code1")
+    dense = (*generate, "--checkpoint", str(run.root / "dense" / "final-model"))
+    assert command(*dense).stdout.startswith("code1")
+    upcycled = command(*dense, "--upcycle-layers", "1", "--show-routing", "--num-experts", "3")
+    assert "layer 1" in upcycled.stdout
+    refused = command(*dense, "--show-routing")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: --show-routing")
+
+
+def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(
+    tiny_flags: list[str], tmp_path: Path
+) -> None:
+    endless = [*tiny_flags, "--max-steps", "100000", "--eval-every", "100000", "--run-name", "c"]
+    process = subprocess.Popen(
+        [sys.executable, *TRAIN, *endless],
+        cwd=tmp_path,
+        env=command_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = RunFolder(tmp_path / "runs" / "c")
+    deadline = time.monotonic() + 120
+    while not run.checkpoint_steps() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    summary = read_json(run.summary)
+    assert summary["status"] == "interrupted"
+    assert run.checkpoint_steps()[-1] == summary["final_step"] > 0
+    assert read_metrics(run.metrics)[-1]["step"] == summary["final_step"]
+    more = [*endless, "--resume", "auto", "--stop-after", str(summary["final_step"] + 1)]
+    done = subprocess.run(
+        [sys.executable, *TRAIN, *more],
+        cwd=tmp_path,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_json(run.summary)["final_step"] == summary["final_step"] + 1
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
+    tiny_flags: list[str], command: Command, tmp_path: Path
+) -> None:
+    """A limit on file size stands for the full disk: it lets the base through, not the mixture."""
+    resource = pytest.importorskip("resource", reason="file size limits are a POSIX feature")
+    assert command(*TRAIN, *tiny_flags, "--stop-after", "3").returncode == 0
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    weights = (run.checkpoint(3) / "model.safetensors").stat().st_size
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (weights // 2, weights // 2))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    done = command(*TRAIN, *tiny_flags, "--resume", "auto", preexec_fn=limit)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: cannot write")
+    assert "--output-dir" in line
+    assert "Traceback" not in done.stderr
+    assert run.checkpoint_steps() == [3]
+    assert [p.name for p in run.checkpoints.iterdir()] == ["step-000003"]
+    with safe_open(run.best_model / "model.safetensors", "pt") as file:
+        assert list(file.keys())
+    done = command(*TRAIN, *tiny_flags, "--resume", "auto")
+    assert done.returncode == 0, done.stderr
+
+
+def test_nan_loss_stops_with_advice_and_keeps_the_checkpoint(
+    tiny_flags: list[str], command: Command, tmp_path: Path
+) -> None:
+    flags = [
+        *tiny_flags,
+        "--learning-rate",
+        "1e30",
+        "--warmup-fraction",
+        "0",
+        "--max-grad-norm",
+        "1e30",
+    ]
+    flags += ["--save-every", "1", "--log-every", "1"]
+    done = command(*TRAIN, *flags)
+    assert done.returncode == 1, done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert re.match(r"error: (train|eval)/\S+ is (nan|inf|not finite)", line), line
+    assert "--learning-rate" in line
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    assert read_json(run.summary)["status"] == "failed"
+    assert all("NaN" not in text for text in run.metrics.read_text().splitlines())
+
+
+BAD_FLAGS: dict[str, tuple[list[str], str]] = {
+    "unknown flag": (["--bogus", "1"], "--bogus"),
+    "unknown preset": (["--preset", "huge"], "--preset huge"),
+    "unknown dispatcher": (["--dispatch", "magic"], "'magic' for argument '--dispatch'"),
+    "not a number": (["--max-steps", "many"], "--max-steps"),
+    "value missing": (["--max-steps"], "'--max-steps'"),
+    "top_k above num_experts": (["--top-k", "9"], "--top-k 9"),
+    "layer outside the model": (["--moe-layers", "2"], "--moe-layers [2]"),
+    "layer named twice": (["--moe-layers", "1", "1"], "--moe-layers [1, 1]"),
+    "no steps": (["--max-steps", "0"], "--max-steps 0"),
+    "negative coefficient": (["--lb-coef", "-1"], "--lb-coef -1.0"),
+    "run name with a path": (["--run-name", "a/b"], "--run-name 'a/b'"),
+    "no GPU": (["--device", "cuda"], "--device cuda"),
+    "no data": (["--data", "no-such-folder"], "no-such-folder"),
+    "wrong field": (["--text-field", "body"], "--text-field"),
+    "megablocks missing": (["--dispatch", "megablocks"], "pip install"),
+    "no base": (["--base", "no-such-model", "--moe-layers", "1"], "--base no-such-model"),
+    "resume from nowhere": (["--resume", "nowhere"], "--resume nowhere"),
+    "no pretraining": (["--pretrain-steps", "0"], "--pretrain-steps 0"),
+    "bad revision": (["--hub-revision", "poetry=main"], "--hub-revision poetry=main"),
+}
+
+
+@pytest.mark.parametrize(("flags", "names"), BAD_FLAGS.values(), ids=BAD_FLAGS.keys())
+def test_bad_flags_are_one_line_and_exit_code_2(
+    flags: list[str],
+    names: str,
+    tiny_flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from moe_emergence.command import run
+    from moe_emergence.train import main
+
+    if flags == ["--device", "cuda"]:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert run(main, [*tiny_flags, *flags]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, captured.err
+    assert names in lines[0], lines[0]
+    assert "Traceback" not in captured.err
+    assert not (tmp_path / "runs" / "tiny" / "config.json").exists()
+
+
+def test_debug_shows_the_traceback(command: Command) -> None:
+    done = command(*TRAIN, "--debug", "--top-k", "99")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_help_groups_and_explains_every_flag(command: Command) -> None:
+    done = command(*TRAIN, "--help")
+    assert done.returncode == 0
+    for group in ("model options", "data options", "optim options", "monitor options"):
+        assert group in done.stdout
+    for flag in ("--run-name", "--stop-after", "--lb-coef", "--moe-layers", "--size-mb", "--track"):
+        assert flag in done.stdout
+
+
+def test_presets_take_every_flag(command: Command, tmp_path: Path, tiny_flags: list[str]) -> None:
+    flags = [f for f in tiny_flags if f not in ("--preset", "demo")]
+    done = command(*TRAIN, "--preset", "top2", *flags, "--run-name", "t", "--top-k", "2")
+    assert done.returncode == 0, done.stderr
+    config = read_json(tmp_path / "runs" / "t" / "config.json")
+    assert config["preset"] == "top2"
+    assert config["optim"]["max_steps"] == 6
+
+
+def test_console_script_lists_its_verbs(command: Command) -> None:
+    script = "import sys; from moe_emergence.cli import main; sys.exit(main())"
+    assert "train" in command("-c", script, "--help").stdout
+    refused = command("-c", script, "dance")
+    assert refused.returncode == 2
+    assert json.dumps(refused.stderr).count("\\n") == 1

@@ -1,0 +1,119 @@
+"""Two processes train what one process trains: losses, routing statistics and weights."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import command_environment, flags_of
+from safetensors.torch import load_file
+
+from moe_emergence.config import RunConfig
+from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.training.launch import missing_processes
+
+# A step sees 8 sequences in every one of them: (batch size, accumulation, processes)
+ONE, TWO_HALVES, TWO_QUARTERS = (8, 1, 1), (4, 1, 2), (2, 2, 2)
+
+
+def train(config: RunConfig, split: tuple[int, int, int], *more: str) -> RunFolder:
+    batch_size, accumulation, processes = split
+    flags = [
+        *flags_of(config),
+        *("--batch-size", str(batch_size), "--grad-accum-steps", str(accumulation)),
+        *more,
+    ]
+    launch = ["-m", "moe_emergence.train"]
+    if processes > 1:
+        launch = [
+            *("-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"),
+            *("-m", "moe_emergence.train"),
+        ]
+    done = subprocess.run(
+        [sys.executable, *launch, *flags],
+        cwd=Path(config.output_dir).parent,
+        env=command_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return RunFolder(Path(config.output_dir) / config.run_name)
+
+
+def assert_equal_runs(one: RunFolder, other: RunFolder) -> None:
+    """Equal up to the rounding of sums taken in another order."""
+    rows, other_rows = (read_metrics(run.metrics) for run in (one, other))
+    assert [row["step"] for row in rows] == [row["step"] for row in other_rows]
+    for row, other_row in zip(rows, other_rows, strict=True):
+        comparable: dict[str, Any] = {k: v for k, v in row.items() if not k.startswith("perf/")}
+        for key, value in comparable.items():
+            assert other_row[key] == pytest.approx(value, rel=2e-5, abs=1e-7), (row["step"], key)
+    weights, other_weights = (load_file(r.final_model / "model.safetensors") for r in (one, other))
+    for name, tensor in weights.items():
+        # a step moves a weight by at most the learning rate; equal runs differ by much less
+        torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=2e-5)
+
+
+@pytest.fixture
+def noisy_config(tiny_config: RunConfig) -> RunConfig:
+    """Router noise on at every step, top-2 of 8 experts on few tokens: some experts go empty."""
+    return replace(
+        tiny_config,
+        model=replace(tiny_config.model, num_experts=8, top_k=2),
+        optim=replace(
+            tiny_config.optim, lb_coef=0.1, noise_anneal_fraction=1.0, learning_rate=1e-3
+        ),
+    )
+
+
+def test_two_processes_equal_one(noisy_config: RunConfig) -> None:
+    one = train(replace(noisy_config, run_name="one"), ONE)
+    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES)
+    assert_equal_runs(one, halves)
+    quarters = train(replace(noisy_config, run_name="quarters"), TWO_QUARTERS)
+    assert_equal_runs(one, quarters)
+    assert read_json(halves.environment)["processes"] == 2
+
+
+def test_experts_without_tokens_do_not_hang_two_processes(tiny_config: RunConfig) -> None:
+    """64 experts see 2 x 16 tokens a process: most have none, and not the same ones."""
+    config = replace(tiny_config, model=replace(tiny_config.model, num_experts=64))
+    run = train(config, (2, 1, 2), "--lb-coef", "0", "--z-coef", "0", "--pretrain-steps", "1")
+    assert read_json(run.summary)["status"] == "completed"
+
+
+CPU_LAUNCH = {"ACCELERATE_USE_CPU": "True", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "parent", "missing"),
+    [
+        (CPU_LAUNCH, ["accelerate", "launch", "--num_processes", "2", "--cpu"], 2),
+        (CPU_LAUNCH, ["accelerate", "launch", "--num-processes=3", "--cpu"], 3),
+        ({**CPU_LAUNCH, "LOCAL_RANK": "0"}, ["torchrun", "--num_processes", "2"], 0),
+        ({"ACCELERATE_USE_CPU": "True"}, ["accelerate", "launch", "--cpu"], 0),
+        ({"MASTER_PORT": "29500"}, ["bash", "--num_processes", "2"], 0),
+        ({}, ["bash"], 0),
+    ],
+)
+def test_processes_that_the_launcher_did_not_start(
+    environment: dict[str, str], parent: list[str], missing: int
+) -> None:
+    assert missing_processes(environment, parent) == missing
+
+
+def test_an_unknown_number_of_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
+        missing_processes(CPU_LAUNCH, ["accelerate", "launch", "--config_file", "two.yaml"])
+
+
+def test_checkpoint_of_two_processes_resumes_on_one(noisy_config: RunConfig) -> None:
+    one = train(replace(noisy_config, run_name="one"), ONE)
+    stopped = replace(noisy_config, run_name="stopped")
+    assert read_json(train(stopped, TWO_HALVES, "--stop-after", "4").summary)["final_step"] == 4
+    assert_equal_runs(one, train(stopped, ONE, "--resume", "auto"))

@@ -1,0 +1,236 @@
+"""Stopping and resuming is the same as never stopping: weights, optimizer and metrics, bitwise."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moe_emergence.config import RunConfig
+from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.training.experiment import run_experiment
+
+Change = Callable[[RunConfig], RunConfig]
+
+VARIANTS: dict[str, Change] = {
+    # noise is still being annealed when the run stops
+    "noise": lambda c: replace(c, optim=replace(c.optim, noise_std=0.5, noise_anneal_fraction=1.0)),
+    "dropout": lambda c: replace(c, model=replace(c.model, dropout=0.2)),
+    "top-2 accumulation": lambda c: replace(
+        c,
+        model=replace(c.model, top_k=2),
+        optim=replace(c.optim, batch_size=2, grad_accum_steps=2),
+    ),
+    "micro balance": lambda c: replace(
+        c, optim=replace(c.optim, balance_scope="micro", batch_size=2, grad_accum_steps=2)
+    ),
+    "expert bias": lambda c: replace(c, model=replace(c.model, expert_bias_rate=0.01)),
+    "frozen router": lambda c: replace(c, model=replace(c.model, router="frozen")),
+    "hash router": lambda c: replace(c, model=replace(c.model, router="hash")),
+}
+
+
+def comparable(path: Path) -> list[dict[str, Any]]:
+    """Metric rows without the timings."""
+    rows = read_metrics(path)
+    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
+
+
+def assert_same_run(one: RunFolder, other: RunFolder) -> None:
+    assert comparable(one.metrics) == comparable(other.metrics)
+    for folder in ("final-model", "best-model"):
+        a = load_file(one.root / folder / "model.safetensors")
+        b = load_file(other.root / folder / "model.safetensors")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), folder
+    states = [
+        torch.load(run.checkpoint(6) / "trainer.pt", weights_only=True) for run in (one, other)
+    ]
+    for p, q in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
+        assert torch.equal(p["exp_avg"], q["exp_avg"])
+        assert torch.equal(p["exp_avg_sq"], q["exp_avg_sq"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
+def test_resumed_run_equals_uninterrupted_run_bitwise(
+    tiny_config: RunConfig, tmp_path: Path, variant: Change
+) -> None:
+    config = variant(tiny_config)
+    assert run_experiment(config).status == "completed"
+    stopped = replace(config, output_dir=str(tmp_path / "stopped"), stop_after=2)
+    assert run_experiment(stopped).status == "interrupted"
+    run = RunFolder(Path(stopped.output_dir) / "tiny")
+    assert read_json(run.summary)["status"] == "interrupted"
+    assert read_json(run.summary)["final_step"] == 2
+    # stopping twice, the second time off every interval
+    again = replace(stopped, resume="auto", stop_after=5)
+    assert run_experiment(again).status == "interrupted"
+    assert run_experiment(replace(again, stop_after=None)).status == "completed"
+    assert_same_run(RunFolder(Path(config.output_dir) / "tiny"), run)
+
+
+def test_crash_between_checkpoints_is_made_good(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """Rows written after the newest checkpoint are dropped and measured again."""
+    run_experiment(tiny_config)
+    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    crashed = RunFolder(tmp_path / "crashed" / "tiny")
+    shutil.copytree(whole.root, crashed.root)
+    shutil.rmtree(crashed.checkpoint(6))
+    shutil.rmtree(crashed.final_model)
+    crashed.summary.unlink()
+    with crashed.metrics.open("a", encoding="utf-8") as file:
+        file.write('{"step": 6, "train/lm_lo')
+    run_experiment(replace(tiny_config, output_dir=str(tmp_path / "crashed"), resume="auto"))
+    assert_same_run(whole, crashed)
+
+
+def test_stop_in_the_base_run_is_resumed_there(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_experiment(tiny_config)
+    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    config = replace(tiny_config, output_dir=str(tmp_path / "stopped"))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "moe_emergence.training.trainer.Trainer._agreed",
+            lambda self, requested: self.config.run_name == "tiny base" and self.step == 2,
+        )
+        assert run_experiment(config).status == "interrupted"
+    run = RunFolder(tmp_path / "stopped" / "tiny")
+    summary = read_json(run.summary)
+    assert (summary["status"], summary["final_step"]) == ("interrupted", 0)
+    assert not run.metrics.exists()
+    assert run_experiment(replace(config, resume="auto")).status == "completed"
+    assert_same_run(whole, run)
+
+
+def test_a_finished_run_is_not_done_again(tiny_config: RunConfig) -> None:
+    run_experiment(tiny_config)
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    before = {p: p.stat().st_mtime_ns for p in run.root.rglob("*.safetensors")}
+    assert run_experiment(replace(tiny_config, resume="auto")).status == "completed"
+    assert before == {p: p.stat().st_mtime_ns for p in run.root.rglob("*.safetensors")}
+
+
+def test_branching_off_a_checkpoint_under_another_name(tiny_config: RunConfig) -> None:
+    run_experiment(tiny_config)
+    runs = Path(tiny_config.output_dir)
+    step3 = runs / "tiny" / "checkpoints" / "step-000003"
+    branch = replace(tiny_config, run_name="branch", resume=str(step3))
+    run_experiment(branch)
+    a = load_file(runs / "tiny" / "final-model" / "model.safetensors")
+    b = load_file(runs / "branch" / "final-model" / "model.safetensors")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert read_metrics(runs / "branch" / "metrics.jsonl")[0]["step"] == 4
+
+
+def test_retention_keeps_the_newest_checkpoints(tiny_config: RunConfig) -> None:
+    monitor = replace(tiny_config.monitor, save_every=1, keep_last_k=2)
+    run_experiment(replace(tiny_config, monitor=monitor))
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    assert run.checkpoint_steps() == [5, 6]
+    assert not [p.name for p in run.checkpoints.iterdir() if p.name.startswith(".")]
+
+
+@pytest.fixture
+def stopped(tiny_config: RunConfig) -> tuple[RunConfig, RunFolder]:
+    """A run stopped after step 3, and the configuration that would resume it."""
+    run_experiment(replace(tiny_config, stop_after=3))
+    return replace(tiny_config, resume="auto"), RunFolder(Path(tiny_config.output_dir) / "tiny")
+
+
+REFUSED: dict[str, tuple[Change, str]] = {
+    "learning rate": (
+        lambda c: replace(c, optim=replace(c.optim, learning_rate=1.0)),
+        "--learning-rate 1.0",
+    ),
+    "steps": (lambda c: replace(c, optim=replace(c.optim, max_steps=9)), "--max-steps 9"),
+    "seed": (lambda c: replace(c, seed=7), "--seed 7"),
+    "architecture": (
+        lambda c: replace(c, model=replace(c.model, num_experts=3)),
+        "--num-experts 3",
+    ),
+    "layers": (lambda c: replace(c, model=replace(c.model, moe_layers=(0,))), "--moe-layers"),
+    "tokens per step": (
+        lambda c: replace(c, optim=replace(c.optim, batch_size=3)),
+        "--batch-size 3",
+    ),
+    "past step": (lambda c: replace(c, stop_after=3), "--stop-after 3"),
+    "no checkpoint there": (lambda c: replace(c, resume="nowhere"), "--resume nowhere"),
+    "not asked to resume": (lambda c: replace(c, resume=None), "--run-name tiny"),
+    "other data": (
+        lambda c: replace(c, data=replace(c.data, size_mb=0.005)),
+        "data",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "names"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_would_not_be_the_same_run_is_refused(
+    stopped: tuple[RunConfig, RunFolder], change: Change, names: str
+) -> None:
+    config, run = stopped
+    before = sorted(p.name for p in run.checkpoints.iterdir())
+    with pytest.raises(ValueError, match=names) as refusal:
+        run_experiment(change(config))
+    assert "\n" not in str(refusal.value)
+    assert sorted(p.name for p in run.checkpoints.iterdir()) == before
+
+
+def test_the_split_of_the_batch_may_change(stopped: tuple[RunConfig, RunFolder]) -> None:
+    config, _ = stopped
+    split = replace(config, optim=replace(config.optim, batch_size=1, grad_accum_steps=4))
+    assert run_experiment(split).status == "completed"
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+TORN: dict[str, tuple[Callable[[Path], None], str]] = {
+    "weights cut off": (lambda c: _truncate(c / "model.safetensors"), "model.safetensors"),
+    "optimizer cut off": (lambda c: _truncate(c / "trainer.pt"), "trainer.pt"),
+    "optimizer missing": (lambda c: (c / "trainer.pt").unlink(), "trainer.pt is missing"),
+    "manifest missing": (lambda c: (c / "checkpoint.json").unlink(), "has no checkpoint.json"),
+    "manifest not JSON": (lambda c: (c / "checkpoint.json").write_text("{"), "cannot be read"),
+    "foreign format": (
+        lambda c: (c / "checkpoint.json").write_text(json.dumps({"format": "x"})),
+        "format is 'x'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "reason"), TORN.values(), ids=TORN.keys())
+def test_torn_and_foreign_checkpoints_are_refused(
+    stopped: tuple[RunConfig, RunFolder], damage: Callable[[Path], None], reason: str
+) -> None:
+    config, run = stopped
+    damage(run.checkpoint(3))
+    with pytest.raises(ValueError, match=reason):
+        run_experiment(config)
+
+
+def test_loading_a_checkpoint_never_unpickles_objects(
+    stopped: tuple[RunConfig, RunFolder], tmp_path: Path
+) -> None:
+    config, run = stopped
+    witness = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return Path.touch, (witness,)
+
+    torch.save({"optimizer": Evil()}, run.checkpoint(3) / "trainer.pt")
+    manifest = read_json(run.checkpoint(3) / "checkpoint.json")
+    content = (run.checkpoint(3) / "trainer.pt").read_bytes()
+    manifest["files"]["trainer.pt"] = hashlib.sha256(content).hexdigest()
+    (run.checkpoint(3) / "checkpoint.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="more than tensors"):
+        run_experiment(config)
+    assert not witness.exists()
