@@ -1,5 +1,6 @@
 """`python -m moe_emergence.generate`: continue a prompt, and see which expert reads which token."""
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from moe_emergence.models.loading import LanguageModel, load_trained_model
 from moe_emergence.moe.dispatch import DispatchName, get_dispatcher
 
 PROG = "python -m moe_emergence.generate"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +128,13 @@ def generate(
     prompt = tokenizer(config.prompt, return_tensors="pt").to(config.device)
     room = model.config.n_positions - prompt["input_ids"].shape[1]
     check(
-        room >= config.max_new_tokens,
-        "--max-new-tokens",
-        config.max_new_tokens,
-        f"the model sees {model.config.n_positions} tokens and the prompt has "
-        f"{prompt['input_ids'].shape[1]}; give at most {max(room, 0)}, or a shorter --prompt",
+        room >= 1,
+        "--prompt",
+        f"of {prompt['input_ids'].shape[1]} tokens",
+        f"the model sees {model.config.n_positions}; give a shorter one",
     )
+    if room < config.max_new_tokens:
+        logger.warning("the model sees %d tokens: adding %d", model.config.n_positions, room)
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {}
     if config.temperature > 0:
@@ -141,7 +145,7 @@ def generate(
         }
     ids = cast(Any, model).generate(
         **prompt,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=min(config.max_new_tokens, room),
         do_sample=config.temperature > 0,
         pad_token_id=tokenizer.eos_token_id,
         **sampling,

@@ -17,14 +17,14 @@ PROG = "python -m moe_emergence.train"
 def main(argv: list[str]) -> int:
     """Train as the flags say, starting from `--preset` (demo without one)."""
     start_missing_processes("moe_emergence.train", argv)
-    config = parse(RunConfig, argv, PROG, default=get_preset(_preset_name(argv)))
+    config = parse(RunConfig, argv, PROG, default=get_preset(preset_name(argv)))
     result = run_experiment(config)
     if result.is_main_process:
         _report(config, result)
     return INTERRUPTED if result.stopped_by_signal else 0
 
 
-def _preset_name(argv: list[str]) -> str:
+def preset_name(argv: list[str]) -> str:
     """The last `--preset` on the command line; it decides the defaults of all other flags."""
     name = "demo"
     for place, argument in enumerate(argv):

@@ -1,0 +1,130 @@
+"""Every command in README and docs works, shortened, from a folder that is not the repository."""
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from moe_emergence.command import parse
+from moe_emergence.config import RunConfig
+from moe_emergence.presets import get_preset
+from moe_emergence.train import preset_name
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS += [REPOSITORY / "CONTRIBUTING.md"]
+
+# what a test cannot run: installers and this test suite itself, servers, hooks
+NOT_RUN = ("pip install", "pytest", "tensorboard ", "pre-commit ", "bash .ci/run", "git ")
+
+LAUNCHERS = {
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "torchrun": "torch.distributed.run",
+}
+
+TINY = [
+    *("--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--moe-layers", "1", "--device", "cpu"),
+    *("--base", "scratch", "--tokenizer", "train", "--vocab-size", "300", "--block-size", "16"),
+    *("--max-steps", "3", "--pretrain-steps", "1", "--batch-size", "2", "--eval-blocks", "2"),
+]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A command as a document shows it."""
+
+    document: str
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text)
+
+
+def shown_commands() -> list[Shown]:
+    found = []
+    for document in DOCUMENTS:
+        blocks = re.findall(r"```(?:bash|console|sh)\n(.*?)```", document.read_text("utf-8"), re.S)
+        for line in "".join(blocks).replace("\\\n", " ").splitlines():
+            commands = (part.strip() for part in line.split("&&"))
+            found += [Shown(document.name, c) for c in commands if c and not c.startswith("#")]
+    return found
+
+
+def runnable() -> list[Shown]:
+    commands = [c for c in shown_commands() if not c.text.startswith(NOT_RUN)]
+    return list({c.text: c for c in commands}.values())
+
+
+def tiny_train(words: list[str], data: Path, cache: Path) -> list[str]:
+    """The words after `moe_emergence.train`, at toy size on test data."""
+    flags = [*words, "--data", str(data), "--cache-dir", str(cache), *TINY]
+    if "--stop-after" in words:
+        flags += ["--stop-after", "2"]
+    return flags
+
+
+def after_module(words: list[str]) -> list[str]:
+    return words[words.index("moe_emergence.train") + 1 :]
+
+
+def test_readme_has_exactly_the_two_set_up_commands() -> None:
+    text = (REPOSITORY / "README.md").read_text("utf-8")
+    lines = [line.strip() for line in text.splitlines() if line.strip().startswith("pip install")]
+    assert lines == [
+        "pip install -e '.[test]' && python -m moe_emergence.train --dispatch fused",
+        "pip install -e '.[test]' && pytest",
+    ]
+
+
+def test_every_command_is_of_a_kind_that_is_tested() -> None:
+    kinds = ("python -m moe_emergence.", "moe-emergence ", "accelerate launch ", "torchrun ")
+    assert runnable()
+    for command in runnable():
+        assert command.text.startswith(kinds), command
+
+
+def test_commands_work_one_after_another(
+    command: Command, data_folder: Path, cache_folder: Path
+) -> None:
+    """In the order of the documents, in one folder, as a reader would."""
+    for shown in runnable():
+        words = shown.words
+        if words[0] == "moe-emergence":
+            words = ["python", "-m", f"moe_emergence.{words[1]}", *words[2:]]
+        several = {"--multi_gpu", "--nnodes"} & set(words)
+        if several:
+            flags = after_module(words)
+            parse(RunConfig, flags, "train", default=get_preset(preset_name(flags)))
+            continue
+        if "moe_emergence.train" in words:
+            place = words.index("moe_emergence.train") + 1
+            words = [*words[:place], *tiny_train(words[place:], data_folder, cache_folder)]
+        if words[0] in LAUNCHERS:
+            words = ["python", "-m", LAUNCHERS[words[0]], *words[1:]]
+        assert words[0] == "python", shown
+        done = command(*words[1:])
+        assert done.returncode == 0, f"{shown}\n{done.stderr[-3000:]}"
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", document.read_text("utf-8")):
+            if not target.startswith(("http:", "https:")):
+                assert (document.parent / target).exists(), (document.name, target)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="paths below are POSIX")
+def test_documents_name_files_that_exist() -> None:
+    """Paths in backticks under the source folders are real."""
+    pattern = r"`((?:moe_emergence|kernels|tests|docs|benchmarks)/[\w./-]+\.\w+)`"
+    for document in DOCUMENTS:
+        for path in re.findall(pattern, document.read_text("utf-8")):
+            assert (REPOSITORY / path).exists(), (document.name, path)

@@ -1,0 +1,58 @@
+"""The package imports from anywhere, lightly, and stays out of transformers' way."""
+
+import pkgutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+import emergence_kernels
+import moe_emergence
+
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def modules() -> list[str]:
+    found = []
+    for package in (moe_emergence, emergence_kernels):
+        walked = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+        found += [package.__name__, *(module.name for module in walked)]
+    return found
+
+
+def test_kernels_is_a_source_root_and_no_package() -> None:
+    assert not (REPOSITORY / "kernels" / "__init__.py").exists()
+    assert not any((REPOSITORY / name / "__init__.py").exists() for name in ("tests", "benchmarks"))
+
+
+def test_transformers_imports_from_the_repository_root(command: Command) -> None:
+    done = command("-c", "from transformers import GPT2LMHeadModel", cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_module_imports_without_triton_and_the_optional_packages(command: Command) -> None:
+    """None in sys.modules makes an import fail, as on a machine without the package."""
+    script = f"""
+import importlib, sys
+import emergence_kernels
+assert "triton" not in sys.modules, "importing emergence_kernels imported triton"
+sys.modules.update(dict.fromkeys(("triton", "wandb", "megablocks", "stk")))
+for name in {modules()!r}:
+    importlib.import_module(name)
+"""
+    done = command("-c", script)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("module", ["moe_emergence.train", "moe_emergence.generate"])
+def test_entry_points_run_as_modules_from_another_folder(command: Command, module: str) -> None:
+    done = command("-m", module, "--help")
+    assert done.returncode == 0, done.stderr
+    assert f"python -m {module}" in done.stdout
+
+
+def test_typed_packages_ship_their_marker() -> None:
+    for package in (moe_emergence, emergence_kernels):
+        assert (Path(package.__path__[0]) / "py.typed").is_file()
