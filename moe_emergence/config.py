@@ -79,6 +79,12 @@ class ModelConfig:
             "give 0 or more",
         )
         check(
+            self.expert_bias_rate == 0 or self.router != "hash",
+            "--expert-bias-rate",
+            self.expert_bias_rate,
+            "a hash router has no bias; give 0 or another --router",
+        )
+        check(
             len(set(self.moe_layers)) == len(self.moe_layers),
             "--moe-layers",
             list(self.moe_layers),

@@ -120,10 +120,10 @@ def expert_mlp(
         permutation: from `sort_by_expert` of the (T, K) chosen experts.
         activation: "gelu_tanh" (P = F) or "swiglu" (P = 2F, gate then up).
 
-    Under autocast everything but the routing weights is cast to the autocast dtype first, as
-    autocast does for a matrix product. Differentiable once in every floating input.
+    Under autocast everything but the routing weights is cast to the autocast dtype first, unless
+    it is fp64, as autocast does for a matrix product. Differentiable once in every floating input.
     """
-    if torch.is_autocast_enabled(x_TH.device.type):
+    if x_TH.dtype != torch.float64 and torch.is_autocast_enabled(x_TH.device.type):
         dtype = torch.get_autocast_dtype(x_TH.device.type)
         x_TH, w1_EHP, w2_EFH = x_TH.to(dtype), w1_EHP.to(dtype), w2_EFH.to(dtype)
         b1_EP = None if b1_EP is None else b1_EP.to(dtype)

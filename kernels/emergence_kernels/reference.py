@@ -59,5 +59,6 @@ def expert_mlp(
     offsets = permutation.expert_offsets
     pre_SP = grouped_gemm(x_TH[permutation.token_idx], w1_EHP, offsets, b1_EP)
     out_SH = grouped_gemm(activate(pre_SP, activation), w2_EFH, offsets, b2_EH)
-    out_TKH = out_SH[permutation.inv_perm].view(*topk_weights_TK.shape, -1)
+    tokens, top_k = topk_weights_TK.shape
+    out_TKH = out_SH[permutation.inv_perm].view(tokens, top_k, out_SH.shape[1])
     return (out_TKH * topk_weights_TK.unsqueeze(-1)).sum(dim=1).to(x_TH.dtype)

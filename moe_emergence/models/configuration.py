@@ -1,8 +1,13 @@
 """Configuration of a GPT-2 with mixture-of-experts layers."""
 
+from typing import get_args
+
 from transformers import GPT2Config
 
 from moe_emergence.moe.routing import RouterKind
+
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+"""transformers' names for the activation of GPT-2's MLP."""
 
 
 class MoEGPT2Config(GPT2Config):
@@ -39,6 +44,16 @@ class MoEGPT2Config(GPT2Config):
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
         self.moe_layers = sorted(self.moe_layers)
+        if len(set(self.moe_layers)) < len(self.moe_layers):
+            raise ValueError(f"moe_layers {self.moe_layers}: name each layer once")
+        if self.router not in get_args(RouterKind):
+            kinds = ", ".join(get_args(RouterKind))
+            raise ValueError(f"router {self.router!r}: choose from {kinds}")
+        if self.moe_layers and self.activation_function not in TANH_GELU:
+            raise ValueError(
+                f"activation_function {self.activation_function!r}: experts have a tanh GELU, "
+                f"give {' or '.join(TANH_GELU)}"
+            )
         outside = [i for i in self.moe_layers if not 0 <= i < self.n_layer]
         if outside:
             raise ValueError(

@@ -6,11 +6,13 @@ Parameters have GPT-2's names; a converted layer has `mlp.router` and `mlp.exper
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, GPT2PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -137,6 +139,21 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
         blocks = (m for m in self.modules() if isinstance(m, MoEGPT2Block))
         return {b.layer_idx: b.mlp for b in blocks if isinstance(b.mlp, MoELayer)}
 
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        **options: Any,
+    ) -> None:
+        # reentrant checkpointing cuts the gradient of everything a block returns beside its hidden
+        # states: the balance and z losses would silently train nothing
+        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs use_reentrant=True: it would drop the gradients of "
+                "the auxiliary losses; leave it out or give False"
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+
     def set_dispatch(self, name: str) -> None:
         """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
         for layer in self.moe_layers().values():
@@ -262,26 +279,28 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
-        result = MoECausalLMOutput(
+        loss, lm_loss, lb_loss, z_loss = None, None, None, None
+        if labels is not None:
+            lm_loss = loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+            if outputs.router_decisions:
+                mask_T = _token_mask(attention_mask, hidden_states.shape[1])
+                lb_loss, z_loss = auxiliary_losses(outputs.router_decisions, mask_T)
+                loss = lm_loss + self.config.lb_coef * lb_loss + self.config.z_coef * z_loss
+        return MoECausalLMOutput(
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            lm_loss=lm_loss,
+            lb_loss=lb_loss,
+            z_loss=z_loss,
             router_decisions=outputs.router_decisions,
         )
-        if labels is None:
-            return result
-        result.lm_loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
-        result.loss = result.lm_loss
-        if outputs.router_decisions:
-            length = hidden_states.shape[1]
-            mask_T = None
-            if attention_mask is not None and attention_mask.ndim == 2:
-                mask_T = attention_mask[:, -length:].reshape(-1)
-            result.lb_loss, result.z_loss = auxiliary_losses(outputs.router_decisions, mask_T)
-            result.loss = (
-                result.lm_loss
-                + self.config.lb_coef * result.lb_loss
-                + self.config.z_coef * result.z_loss
-            )
-        return result
+
+
+def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """(B*L,) which of the last `length` tokens count, from a (B, past + L) attention mask."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -length:].reshape(-1)

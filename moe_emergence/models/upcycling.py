@@ -3,18 +3,17 @@
 Letters: E experts.
 """
 
+import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import GPT2LMHeadModel
 
-from moe_emergence.models.configuration import MoEGPT2Config
+from moe_emergence.models.configuration import TANH_GELU, MoEGPT2Config
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel
 from moe_emergence.moe import MoELayer, TopKRouter
 from moe_emergence.moe.routing import RouterKind
-
-_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 
 
 @torch.no_grad()
@@ -56,10 +55,10 @@ def upcycle(
             f"--base: upcycling takes a dense GPT-2, not {type(dense_model).__name__} "
             f"({dense.model_type})"
         )
-    if dense.activation_function not in _TANH_GELU or dense.add_cross_attention:
+    if dense.activation_function not in TANH_GELU or dense.add_cross_attention:
         raise ValueError(
             f"--base: upcycling takes a GPT-2 without cross-attention and with a tanh GELU "
-            f"({' or '.join(_TANH_GELU)}), not {dense.activation_function}"
+            f"({' or '.join(TANH_GELU)}), not {dense.activation_function}"
         )
     inherited = {k: v for k, v in dense.to_dict().items() if k not in _OWN_KEYS}
     config = MoEGPT2Config(
@@ -74,7 +73,7 @@ def upcycle(
     )
     model = MoEGPT2LMHeadModel(config)
     torch.nn.Module.to(model, dense_model.device, dense_model.dtype)
-    model.generation_config = dense_model.generation_config
+    model.generation_config = copy.deepcopy(dense_model.generation_config)
     state = dense_model.state_dict()
     missing, unexpected = model.load_state_dict(state, strict=False)
     generator = torch.Generator().manual_seed(seed)

@@ -22,10 +22,13 @@ class GroupedDispatcher:
         """Weighted sum (T, H) of every token's experts."""
         permutation = sort_by_expert(decision.topk_experts, experts.num_experts)
         sorted_experts_S = decision.topk_experts.reshape(-1)[permutation.perm]
+        tokens, top_k = decision.topk_experts.shape
+        # repeated, then permuted: the backward of a gather with repeated rows adds in any order
+        rows_SH = x_TH.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, x_TH.shape[1])
         out_SH = grouped_experts(
-            x_TH[permutation.token_idx], sorted_experts_S, permutation.expert_offsets, experts
+            rows_SH[permutation.perm], sorted_experts_S, permutation.expert_offsets, experts
         )
-        out_TKH = out_SH[permutation.inv_perm].view(*decision.topk_weights.shape, -1)
+        out_TKH = out_SH[permutation.inv_perm].view(tokens, top_k, out_SH.shape[1])
         return (out_TKH * decision.topk_weights.unsqueeze(-1)).sum(dim=1).to(out_SH.dtype)
 
 
@@ -39,7 +42,7 @@ def grouped_experts(
             `grouped_mm` does not take.
     """
     dtype = rows_SH.dtype
-    if torch.is_autocast_enabled(rows_SH.device.type):
+    if dtype != torch.float64 and torch.is_autocast_enabled(rows_SH.device.type):
         dtype = torch.get_autocast_dtype(rows_SH.device.type)
     widths = (*experts.w1.shape[1:], *experts.w2.shape[1:])
     if dtype == torch.float64 or any(width * dtype.itemsize % 16 for width in widths):
@@ -48,11 +51,13 @@ def grouped_experts(
             f"use --dispatch fused"
         )
     offsets = expert_offsets[1:]
+    # as a product, so that the biases' gradients are summed in fp32 and always in one order
+    member_SE = functional.one_hot(sorted_experts_S, experts.num_experts).to(dtype)
     pre_SP = functional.grouped_mm(rows_SH.to(dtype), experts.w1.to(dtype), offs=offsets)
     if experts.b1 is not None:
-        pre_SP = pre_SP + experts.b1.to(dtype)[sorted_experts_S]
+        pre_SP = pre_SP + member_SE @ experts.b1.to(dtype)
     act_SF = activate(pre_SP, experts.activation)
     out_SH = functional.grouped_mm(act_SF, experts.w2.to(dtype), offs=offsets)
     if experts.b2 is not None:
-        out_SH = out_SH + experts.b2.to(dtype)[sorted_experts_S]
+        out_SH = out_SH + member_SE @ experts.b2.to(dtype)
     return out_SH

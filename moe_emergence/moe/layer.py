@@ -1,5 +1,7 @@
 """The mixture-of-experts layer: router, then dispatcher over experts."""
 
+from typing import get_args
+
 from torch import Tensor, nn
 
 from emergence_kernels.activations import Activation
@@ -39,6 +41,8 @@ class MoELayer(nn.Module):
         layer: int = 0,
     ) -> None:
         super().__init__()
+        if router not in get_args(RouterKind):
+            raise ValueError(f"router {router!r}: choose from {', '.join(get_args(RouterKind))}")
         self.router: TopKRouter | HashRouter
         if router == "hash":
             self.router = HashRouter(num_experts, top_k, layer=layer)

@@ -36,26 +36,27 @@ def gaussian_noise(
     """
     key = 0x9E3779B9
     for part in (noise.seed, noise.step, noise.layer):
-        key = _hash_int(key ^ (part & _MASK))
+        key = hash_int(key ^ (part & _MASK))
     first = noise.first_token * num_experts
     counter = torch.arange(first, first + num_tokens * num_experts, device=device)
     low, high = counter & _MASK, counter >> 32
-    mixed = _hash(low ^ key) ^ high
-    radius_bits, angle_bits = _hash(mixed ^ 0x85EBCA6B), _hash(mixed ^ 0xC2B2AE35)
+    mixed = hash_tensor(low ^ key) ^ high
+    radius_bits, angle_bits = hash_tensor(mixed ^ 0x85EBCA6B), hash_tensor(mixed ^ 0xC2B2AE35)
     radius = torch.sqrt(-2.0 * torch.log((radius_bits.double() + 0.5) / 2**32))
     angle = 2.0 * math.pi * angle_bits.double() / 2**32
     deviates = radius * torch.cos(angle) * noise.std
     return deviates.float().view(num_tokens, num_experts)
 
 
-def _hash(x: Tensor) -> Tensor:
+def hash_tensor(x: Tensor) -> Tensor:
     """A 32-bit integer hash (xor-shift-multiply), elementwise on int64 values below 2^32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
     return x ^ (x >> 16)
 
 
-def _hash_int(x: int) -> int:
+def hash_int(x: int) -> int:
+    """The same hash of one value."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
     return x ^ (x >> 16)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_emergence.moe.noise import RouterNoise, gaussian_noise
+from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash_int, hash_tensor
 
 RouterKind = Literal["learned", "frozen", "hash"]
 
@@ -46,7 +46,8 @@ class RouterDecision:
 
     def entropy(self) -> Tensor:
         """Scalar: entropy of the clean probabilities in nats, averaged over tokens."""
-        return torch.special.entr(self.router_probs.detach()).sum(dim=-1).mean()
+        entropy_T = torch.special.entr(self.router_probs.detach()).sum(dim=-1)
+        return entropy_T.sum() / max(entropy_T.numel(), 1)
 
 
 class TopKRouter(nn.Module):
@@ -149,8 +150,9 @@ class HashRouter(nn.Module):
         """Choose K experts for every row of `x_TH` (T, H) from `token_ids_T` (T,)."""
         if token_ids_T is None:
             raise ValueError("the hash router needs token_ids: pass input_ids, not inputs_embeds")
-        # multiplicative hashing (Knuth); the layer shifts it so that layers do not agree
-        hashed_T = (token_ids_T.long() + 0x9E37 * (self.layer + 1)) * 2654435761 % 2**32 >> 8
+        # the layer keys the hash, so that no two layers share a routing
+        key = hash_int(0x9E3779B9 ^ self.layer)
+        hashed_T = hash_tensor((token_ids_T.long() ^ key) & 0xFFFFFFFF) >> 8
         slots_K = torch.arange(self.top_k, device=x_TH.device)
         experts_TK = (hashed_T[:, None] + slots_K) % self.num_experts
         wide = torch.promote_types(x_TH.dtype, torch.float32)
