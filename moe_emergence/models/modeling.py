@@ -139,7 +139,7 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
         blocks = (m for m in self.modules() if isinstance(m, MoEGPT2Block))
         return {b.layer_idx: b.mlp for b in blocks if isinstance(b.mlp, MoELayer)}
 
-    def _set_gradient_checkpointing(
+    def _set_gradient_checkpointing(  # type: ignore[override]  # it grows parameters by version
         self,
         enable: bool = True,
         gradient_checkpointing_func: Callable[..., Any] = checkpoint,
