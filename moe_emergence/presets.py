@@ -26,18 +26,23 @@ def demo() -> RunConfig:
         model=ModelConfig(
             base="scratch", n_layer=4, n_embd=256, n_head=4, moe_layers=(2, 3), num_experts=8
         ),
-        data=DataConfig(data="embedded", size_mb=2.0, block_size=256, tokenizer="train"),
+        data=DataConfig(data="embedded", size_mb=2.0, block_size=128, tokenizer="train"),
         optim=OptimConfig(
-            max_steps=120,
+            max_steps=200,
             batch_size=8,
             grad_accum_steps=1,
             learning_rate=1e-3,
-            pretrain_steps=160,
+            pretrain_steps=300,
             pretrain_learning_rate=2e-3,
             compare_dense=True,
         ),
         monitor=MonitorConfig(
-            eval_every=40, eval_blocks=16, save_every=60, log_router_every=10, collapse_every=10
+            eval_every=50,
+            eval_blocks=32,
+            save_every=100,
+            keep_last_k=1,
+            log_router_every=10,
+            collapse_every=10,
         ),
     )
 
