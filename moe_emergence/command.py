@@ -53,7 +53,7 @@ def _first_message(box: str, prog: str) -> str:
     if message and message[0].startswith("Missing from"):
         flags = re.findall(r"(?m)^(--[\w-]+)", "\n".join(message))
         return f"{', '.join(flags)}: required and not given (see {prog} --help)"
-    text = re.sub(r"^Error parsing (model|data|optim|monitor|cls)?:? ?", "", " ".join(message))
+    text = re.sub(r"^Error parsing (?!--)\w*:? ?", "", " ".join(message))
     return f"{text} (see {prog} --help)"
 
 

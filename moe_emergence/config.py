@@ -5,6 +5,7 @@ The docstring under each field is its command-line help. Every field is a flag o
 """
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
@@ -55,6 +56,8 @@ class ModelConfig:
     off."""
 
     def __post_init__(self) -> None:
+        # decisions, metrics and figures come in the order of the model's layers
+        object.__setattr__(self, "moe_layers", tuple(sorted(self.moe_layers)))
         check(self.n_layer >= 1, "--n-layer", self.n_layer, "give at least 1")
         check(self.n_head >= 1, "--n-head", self.n_head, "give at least 1")
         check(
@@ -296,18 +299,22 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(
-            bool(self.run_name) and "/" not in self.run_name and self.run_name not in (".", ".."),
+            self.run_name.strip() not in ("", ".", "..") and "/" not in self.run_name,
             "--run-name",
             repr(self.run_name),
             "give a plain folder name",
         )
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
         check(
-            self.stop_after is None or self.stop_after >= 1,
+            self.stop_after is None or 1 <= self.stop_after <= self.optim.max_steps,
             "--stop-after",
             self.stop_after,
-            "give at least 1",
+            f"give a step from 1 to --max-steps ({self.optim.max_steps})",
         )
+        for group in (self.model, self.data, self.optim, self.monitor):
+            for name, value in vars(group).items():
+                finite = not isinstance(value, float) or math.isfinite(value)
+                check(finite, "--" + name.replace("_", "-"), value, "give a finite number")
         check(
             self.model.base != "scratch"
             or not self.model.moe_layers

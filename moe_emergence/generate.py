@@ -59,7 +59,20 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         check(self.max_new_tokens >= 1, "--max-new-tokens", self.max_new_tokens, "give at least 1")
-        check(self.temperature >= 0, "--temperature", self.temperature, "give 0 or more")
+        check(
+            self.temperature == 0 or 0.01 <= self.temperature <= 100,
+            "--temperature",
+            self.temperature,
+            "give 0 (always the most likely token) or a number from 0.01 to 100",
+        )
+        check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
+        check(self.num_experts >= 1, "--num-experts", self.num_experts, "give at least 1")
+        check(
+            1 <= self.experts_per_token <= self.num_experts,
+            "--experts-per-token",
+            self.experts_per_token,
+            f"give a number from 1 to --num-experts ({self.num_experts})",
+        )
         check(self.top_k >= 0, "--top-k", self.top_k, "give 0 (all) or more")
         check(0 < self.top_p <= 1, "--top-p", self.top_p, "give a probability above 0, at most 1")
         check(bool(self.prompt), "--prompt", repr(self.prompt), "give some text")
@@ -77,7 +90,7 @@ def main(argv: list[str]) -> int:
     get_dispatcher(config.dispatch)
     model, tokenizer = load(config)
     ids = generate(config, model, tokenizer)
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, emoji=False)
     console.print(tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
     if config.show_routing:
         assert isinstance(model, MoEGPT2LMHeadModel)
@@ -103,9 +116,21 @@ def load(config: GenerateConfig) -> tuple[LanguageModel, PreTrainedTokenizerBase
             f"--tokenizer {place}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
             f"give a folder with one"
         ) from error
+    check(
+        len(tokenizer) <= model.config.vocab_size,
+        "--tokenizer",
+        f"{place} with {len(tokenizer)} entries",
+        f"give one that fits the model, which has {model.config.vocab_size}",
+    )
     if config.upcycle_layers:
         if not isinstance(model, GPT2LMHeadModel):
             raise ValueError("--upcycle-layers: the model already is a mixture; leave the flag out")
+        check(
+            all(0 <= layer < model.config.n_layer for layer in config.upcycle_layers),
+            "--upcycle-layers",
+            list(config.upcycle_layers),
+            f"the model has layers 0 to {model.config.n_layer - 1}",
+        )
         model = upcycle(
             model,
             config.upcycle_layers,

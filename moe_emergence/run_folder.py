@@ -53,6 +53,11 @@ class RunFolder:
         return self.root / "final-model"
 
     @property
+    def expert_domain(self) -> Path:
+        """Table of who routes where at the last evaluation, see `domain_fractions`."""
+        return self.root / "expert_domain.csv"
+
+    @property
     def summary(self) -> Path:
         """How the run ended."""
         return self.root / "run_summary.json"
@@ -155,5 +160,10 @@ class MetricsWriter:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All rows of a `metrics.jsonl`, without a last line that was cut off."""
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path} line {number}: not JSON ({error})") from error
+    return rows

@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
-from moe_emergence.analysis.expert_domain import plot_expert_domain, write_expert_domain_table
+from moe_emergence.analysis.expert_domain import plot_expert_domain
 from moe_emergence.analysis.summary import print_comparison
 from moe_emergence.command import INTERRUPTED, parse, run
 from moe_emergence.config import RunConfig
+from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.presets import get_preset
+from moe_emergence.run_folder import RunFolder
 from moe_emergence.training.experiment import ExperimentResult, run_experiment
 from moe_emergence.training.launch import start_missing_processes
 
@@ -37,10 +39,10 @@ def preset_name(argv: list[str]) -> str:
 
 def _report(config: RunConfig, result: ExperimentResult) -> None:
     folder = Path(config.output_dir) / config.run_name
-    if result.evaluation is not None and result.evaluation.domain_fractions:
-        fractions = result.evaluation.domain_fractions
-        write_expert_domain_table(folder / "expert_domain.csv", fractions)
-        plot_expert_domain(fractions).savefig(folder / "expert_domain.png", dpi=150)
+    table = RunFolder(folder).expert_domain
+    if table.exists():
+        figure = plot_expert_domain(read_domain_fractions(table))
+        figure.savefig(table.with_suffix(".png"), dpi=150)
     runs = {stage.role: stage.run for stage in result.stages}
     print_comparison(runs, result.status, folder)
 

@@ -61,6 +61,7 @@ def tiny_config(data_folder: Path, cache_folder: Path, tmp_path: Path) -> RunCon
             eval_every=3,
             eval_blocks=4,
             save_every=3,
+            keep_last_k=3,
             log_every=2,
             log_router_every=2,
             collapse_every=2,

@@ -90,6 +90,86 @@ def test_crash_between_checkpoints_is_made_good(tiny_config: RunConfig, tmp_path
     assert_same_run(whole, crashed)
 
 
+def test_crash_before_the_first_checkpoint_starts_over(
+    tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    run_experiment(tiny_config)
+    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    crashed = RunFolder(tmp_path / "crashed" / "tiny")
+    shutil.copytree(whole.root, crashed.root)
+    shutil.rmtree(crashed.checkpoints)
+    crashed.summary.unlink()
+    run_experiment(replace(tiny_config, output_dir=str(tmp_path / "crashed"), resume="auto"))
+    assert_same_run(whole, crashed)
+
+
+def test_killed_while_saving_leaves_nothing_behind(tiny_config: RunConfig) -> None:
+    """kill -9 between the two renames of a swap, and in the middle of writing a folder."""
+    run_experiment(replace(tiny_config, stop_after=3))
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    run.best_model.rename(run.root / ".best-model.123.old")
+    shutil.copytree(run.checkpoint(3), run.checkpoints / ".step-000006.123.tmp")
+    run_experiment(replace(tiny_config, resume="auto"))
+    hidden = [p.name for p in (*run.root.iterdir(), *run.checkpoints.iterdir())]
+    assert not [name for name in hidden if name.startswith(".")]
+    assert (run.best_model / "model.safetensors").is_file()
+
+
+def test_auto_falls_back_to_the_newest_whole_checkpoint(
+    tiny_config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_experiment(tiny_config)
+    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    damaged = RunFolder(tmp_path / "damaged" / "tiny")
+    shutil.copytree(whole.root, damaged.root)
+    damaged.summary.unlink()
+    _truncate(damaged.checkpoint(6) / "trainer.pt")
+    config = replace(tiny_config, output_dir=str(tmp_path / "damaged"), resume="auto")
+    with caplog.at_level("WARNING", "moe_emergence"):
+        run_experiment(config)
+    assert any("torn, trainer.pt" in record.message for record in caplog.records)
+    assert_same_run(whole, damaged)
+
+
+@pytest.mark.parametrize("stage", ["tiny base", "tiny"])
+def test_a_signal_in_the_last_step_of_a_stage_ends_the_experiment(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    config = replace(tiny_config, optim=replace(tiny_config.optim, compare_dense=True))
+    last = {"tiny base": 4, "tiny": 6}[stage]
+    monkeypatch.setattr(
+        "moe_emergence.training.trainer.Trainer._agreed",
+        lambda self, requested: self.config.run_name == stage and self.step == last,
+    )
+    result = run_experiment(config)
+    assert result.status == "interrupted"
+    assert result.stopped_by_signal
+    assert [s.config.run_name for s in result.stages][-1] == stage
+    monkeypatch.undo()
+    assert run_experiment(replace(config, resume="auto")).status == "completed"
+
+
+def test_layers_in_any_order_are_the_same_run(tiny_config: RunConfig) -> None:
+    def run_with(name: str, layers: tuple[int, ...]) -> RunFolder:
+        model = replace(tiny_config.model, moe_layers=layers)
+        run_experiment(replace(tiny_config, run_name=name, model=model))
+        return RunFolder(Path(tiny_config.output_dir) / name)
+
+    one, other = run_with("one", (0, 1)), run_with("other", (1, 0))
+    assert comparable(one.metrics) == comparable(other.metrics)
+    assert one.expert_domain.read_text() == other.expert_domain.read_text()
+
+
+def test_a_moved_checkpoint_still_knows_its_data(tiny_config: RunConfig, tmp_path: Path) -> None:
+    run_experiment(replace(tiny_config, stop_after=3))
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    shutil.copytree(run.checkpoint(3), tmp_path / "moved")
+    other_data = replace(tiny_config.data, size_mb=0.005)
+    config = replace(tiny_config, run_name="b", resume=str(tmp_path / "moved"), data=other_data)
+    with pytest.raises(ValueError, match="data"):
+        run_experiment(config)
+
+
 def test_stop_in_the_base_run_is_resumed_there(
     tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -127,7 +207,11 @@ def test_branching_off_a_checkpoint_under_another_name(tiny_config: RunConfig) -
     a = load_file(runs / "tiny" / "final-model" / "model.safetensors")
     b = load_file(runs / "branch" / "final-model" / "model.safetensors")
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert read_metrics(runs / "branch" / "metrics.jsonl")[0]["step"] == 4
+    # the branch begins with an evaluation of its own: a best model of its own
+    first = read_metrics(runs / "branch" / "metrics.jsonl")[0]
+    assert (first["step"], "eval/lm_loss" in first) == (3, True)
+    assert (runs / "branch" / "best-model" / "model.safetensors").is_file()
+    assert not (runs / "branch" / "dense-base").exists()
 
 
 def test_retention_keeps_the_newest_checkpoints(tiny_config: RunConfig) -> None:

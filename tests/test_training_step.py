@@ -18,7 +18,7 @@ from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.moe import RouterNoise, auxiliary_losses, load_balancing_loss
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.schedules import build_optimizer, learning_rate_schedule, noise_std
-from moe_emergence.training.step import StepSums, forward_backward, token_losses
+from moe_emergence.training.step import StepStatistics, forward_backward, token_losses
 
 ROWS, LENGTH, VOCABULARY = 8, 12, 50
 OPTIM = OptimConfig(lb_coef=0.3, z_coef=0.1)
@@ -54,7 +54,7 @@ def rows() -> tuple[Tensor, Tensor]:
 
 def step(
     model: torch.nn.Module, micro: int, scope: str = "global", optim: OptimConfig = OPTIM
-) -> tuple[StepSums, dict[str, Tensor]]:
+) -> tuple[StepStatistics, dict[str, Tensor]]:
     ids, domains = rows()
     batch = StepBatch(ids.view(micro, -1, LENGTH), domains.view(micro, -1))
     noise = RouterNoise(0.4, 3, 5) if isinstance(model, MoEGPT2LMHeadModel) else None

@@ -3,32 +3,16 @@
 Letters: D domains, E experts.
 """
 
-import csv
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-
 import numpy as np
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from moe_emergence.config import DOMAINS
-
-Fractions = Mapping[int, Sequence[Sequence[float]]]
-
-
-def write_expert_domain_table(path: Path, fractions: Fractions) -> None:
-    """Write layer, domain, expert and fraction of every cell of the figure as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["layer", "domain", "expert", "fraction"])
-        for layer, rows in fractions.items():
-            for domain, row in zip(DOMAINS, rows, strict=True):
-                for expert, fraction in enumerate(row):
-                    writer.writerow([layer, domain, expert, f"{fraction:.6f}"])
+from moe_emergence.domain_fractions import DomainFractions
 
 
-def plot_expert_domain(fractions: Fractions) -> Figure:
+def plot_expert_domain(fractions: DomainFractions) -> Figure:
     """One heatmap per layer: share (%) of each domain's (D) assignments that each expert (E) gets.
 
     Args:

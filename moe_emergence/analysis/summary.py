@@ -44,7 +44,7 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
 
 def print_comparison(runs: Mapping[str, RunFolder], status: str, place: Path) -> None:
     """Print how it ended, the comparison table and where everything is, to stdout."""
-    console = Console()
+    console = Console(markup=False, highlight=False)
     console.print(comparison_table(runs))
     console.print(f"status: {status}; everything is in {place}", soft_wrap=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moe_emergence.config import ModelConfig, check, check_layers_exist
@@ -43,24 +43,28 @@ def load_dense_model(
         ValueError: when it cannot be loaded, is not a dense GPT-2, or does not fit the rest.
     """
     base = model.base
-    options: dict[str, Any] = {"cache_dir": str(Path(cache_dir) / "models"), **_dropout(model)}
+    options: dict[str, Any] = {"cache_dir": str(Path(cache_dir) / "models")}
     try:
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                base, dtype=torch.float32, local_files_only=True, **options
-            )
+            config = AutoConfig.from_pretrained(base, local_files_only=True, **options)
         except OSError:
             if Path(base).is_dir():
                 raise
             check_model_reachable(base)
-            loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+            config = AutoConfig.from_pretrained(base, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--base {base}: no model could be loaded ({reason(error)}); give a folder with "
             f'a GPT-2 model, or "scratch" with --pretrain-steps'
         ) from error
-    if not isinstance(loaded, GPT2LMHeadModel):
-        raise ValueError(f"--base {base}: give a dense GPT-2, not {type(loaded).__name__}")
+    check(
+        isinstance(config, GPT2Config) and config.model_type == "gpt2",
+        "--base",
+        base,
+        f"give a dense GPT-2, not a {config.model_type} model",
+    )
+    loaded = _load(base, "--base", **options, **_dropout(model))
+    assert isinstance(loaded, GPT2LMHeadModel)
     check(
         len(tokenizer) <= loaded.config.vocab_size,
         "--tokenizer",
@@ -83,14 +87,29 @@ def load_trained_model(folder: Path) -> LanguageModel:
     Raises:
         ValueError: when there is none that can be read.
     """
-    try:
-        if not folder.is_dir():
-            raise FileNotFoundError("there is no such folder")
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: no model could be loaded ({reason(error)})") from error
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no model could be loaded (there is no such folder)")
+    model = _load(str(folder), "model folder")
     if not isinstance(model, (GPT2LMHeadModel, MoEGPT2LMHeadModel)):
         raise ValueError(f"{folder}: holds a {type(model).__name__}, neither GPT-2 nor its mixture")
+    return model
+
+
+def _load(place: str, flag: str, **options: Any) -> Any:
+    """The model in `place` in fp32, whole; `ValueError` naming `flag` otherwise."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{flag} {place}: no model could be loaded ({reason(error)})") from error
+    model, report = loaded
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{flag} {place}: its weights lack {missing[0]} and {len(missing) - 1} more; give a "
+            f"complete model folder"
+        )
     return model
 
 

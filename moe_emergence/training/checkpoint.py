@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import pickle
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 FORMAT = "moe_emergence checkpoint 1"
 MANIFEST = "checkpoint.json"
 TRAINER_STATE = "trainer.pt"
+_KEYS = frozenset({"step", "progress", "config", "data_manifest", "files"})
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Checkpoint:
     """JSON-ready counters: best loss, collapse streaks, seconds spent."""
     config: dict[str, Any]
     """The run configuration, as `config.to_dict` gives it."""
+    data_manifest: dict[str, Any]
+    """Of the data the run was trained on."""
     trainer_state: dict[str, Any]
     """State dicts of optimizer, schedule and loader."""
 
@@ -57,6 +61,7 @@ def save_checkpoint(
     trainer_state: dict[str, Any],
     progress: dict[str, Any],
     config: dict[str, Any],
+    data_manifest: dict[str, Any],
     keep_last_k: int,
 ) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `keep_last_k`.
@@ -69,8 +74,15 @@ def save_checkpoint(
         _write_model(folder, model, tokenizer)
         torch.save(trainer_state, folder / TRAINER_STATE)
         files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
-        manifest = {"format": FORMAT, "step": step, "progress": progress, "config": config}
-        write_json(folder / MANIFEST, manifest | {"files": files})
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "progress": progress,
+            "config": config,
+            "data_manifest": data_manifest,
+            "files": files,
+        }
+        write_json(folder / MANIFEST, manifest)
     for old in run.checkpoint_steps()[:-keep_last_k]:
         shutil.rmtree(run.checkpoint(old))
     return target
@@ -91,6 +103,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"--resume {path}: the format is {manifest.get('format')!r}; this version reads "
             f"{FORMAT!r}"
         )
+    lacking = _KEYS - manifest.keys()
+    if lacking:
+        raise ValueError(
+            f"--resume {path}: the checkpoint is torn, {MANIFEST} lacks "
+            f"{', '.join(sorted(lacking))}"
+        )
     for name, digest in manifest["files"].items():
         if not (path / name).is_file():
             raise ValueError(f"--resume {path}: the checkpoint is torn, {name} is missing")
@@ -106,14 +124,49 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"--resume {path}: {TRAINER_STATE} holds more than tensors and is not loaded"
         ) from error
     return Checkpoint(
-        path, manifest["step"], manifest["progress"], manifest["config"], trainer_state
+        path,
+        manifest["step"],
+        manifest["progress"],
+        manifest["config"],
+        manifest["data_manifest"],
+        trainer_state,
     )
 
 
-def newest_checkpoint(run: RunFolder) -> Path | None:
-    """Folder of the newest checkpoint of a run, if it has one."""
-    steps = run.checkpoint_steps()
-    return run.checkpoint(steps[-1]) if steps else None
+def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
+    """The newest whole checkpoint of a run; torn ones are passed over with a warning.
+
+    Raises:
+        ValueError: when there are checkpoints and every one is torn.
+    """
+    failure: ValueError | None = None
+    for step in reversed(run.checkpoint_steps()):
+        try:
+            return load_checkpoint(run.checkpoint(step))
+        except ValueError as error:
+            logger.warning("%s", error)
+            failure = error
+    if failure is not None:
+        raise failure
+    return None
+
+
+def recover_folders(run: RunFolder) -> None:
+    """Clear away what a killed process left beside the folders of a run.
+
+    A folder that was being replaced is put back where the new one did not make it; half-written
+    ones are deleted.
+    """
+    hidden = [*run.root.glob(".*"), *run.checkpoints.glob(".*")]
+    for path in hidden:
+        name = re.fullmatch(r"\.(.+)\.\d+\.(old|tmp)", path.name)
+        if name is None or not path.is_dir():
+            continue
+        target = path.with_name(name[1])
+        if name[2] == "old" and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path)
 
 
 def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -163,13 +216,18 @@ class _NewFolder:
                 os.fsync(file.fileno())
         if self.target.exists():
             self.target.rename(self.replaced)
-        self.temporary.rename(self.target)
+        try:
+            self.temporary.rename(self.target)
+        except OSError:
+            if self.replaced.exists():
+                self.replaced.rename(self.target)
+            raise
         shutil.rmtree(self.replaced, ignore_errors=True)
 
 
 def _is_disk_failure(error: BaseException) -> bool:
     # safetensors and torch.save report a full disk as errors of their own
-    named = ("No space left", "PytorchStreamWriter", "os error", "I/O error")
+    named = ("No space left", "PytorchStreamWriter", "os error", "I/O error", "inline_container")
     return isinstance(error, OSError) or (
         not isinstance(error, RunError) and any(text in str(error) for text in named)
     )

@@ -29,11 +29,14 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if precision == "auto":
         precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[ddp],
     )
+    # the step weighs its micro-batches itself, whatever the launcher's environment says
+    accelerator.gradient_accumulation_steps = 1
+    return accelerator
 
 
 def describe_environment(accelerator: Accelerator) -> dict[str, Any]:

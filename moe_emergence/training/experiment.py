@@ -13,8 +13,10 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import GPT2LMHeadModel
 
-from moe_emergence.config import RunConfig, check, check_layers_exist, to_dict
+from moe_emergence.config import RunConfig, check, check_layers_exist, from_dict, to_dict
 from moe_emergence.data import PreparedData, prepare_data
+from moe_emergence.errors import RunError
+from moe_emergence.hub_access import reason
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import (
     LanguageModel,
@@ -24,9 +26,8 @@ from moe_emergence.models.loading import (
 )
 from moe_emergence.moe import get_dispatcher
 from moe_emergence.run_folder import RunFolder, read_json, write_json
-from moe_emergence.training.checkpoint import Checkpoint
+from moe_emergence.training.checkpoint import Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
-from moe_emergence.training.evaluation import Evaluation
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint
 from moe_emergence.training.tracking import check_tracker
 from moe_emergence.training.trainer import RunSummary, Trainer, tokens_per_step
@@ -54,8 +55,6 @@ class ExperimentResult:
     """Of the last stage that ran: completed, collapsed or interrupted."""
     stages: tuple[Stage, ...]
     """Those that have begun, in order; the run itself is the one in the experiment's folder."""
-    evaluation: Evaluation | None
-    """The run's last evaluation, if it was made in this process."""
     stopped_by_signal: bool
     is_main_process: bool
 
@@ -73,26 +72,24 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     checkpoint = find_checkpoint(config.resume, run)
     _check_resumable(config, run, checkpoint)
     accelerator = make_accelerator(config)
-    with accelerator.main_process_first():
-        data = prepare_data(config.data, config.seed)
+    data = _prepare(config, accelerator)
     check_same_data_as(run, checkpoint, data.manifest)
     begun: list[Stage] = []
-    evaluation = None
-    status = "completed"
-    for stage in stages(config, run):
+    planned = [s for s in stages(config, run) if _is_needed(s, checkpoint, config)]
+    status, stopped = "completed", False
+    for stage in planned:
         begun.append(stage)
-        is_run = stage.run == run
-        found = checkpoint if is_run else find_checkpoint("auto", stage.run)
-        summary, evaluated = _run_stage(stage, data, accelerator, found)
-        evaluation = evaluated if is_run else evaluation
+        found = checkpoint if stage.run == run else find_checkpoint("auto", stage.run)
+        summary, stopped = _run_stage(stage, data, accelerator, found)
         status = summary.status
+        if stopped and status == "completed" and stage is not planned[-1]:
+            status = "interrupted"
         if status != "completed":
             if not run.summary.exists() and accelerator.is_main_process:
-                write_json(run.summary, vars(replace(summary, final_step=0)))
+                write_json(run.summary, vars(replace(summary, status=status, final_step=0)))
             break
-    last = begun[-1].config
-    stopped = status == "interrupted" and summary.final_step != last.stop_after
-    return ExperimentResult(status, tuple(begun), evaluation, stopped, accelerator.is_main_process)
+    stopped = stopped and status == "interrupted"
+    return ExperimentResult(status, tuple(begun), stopped, accelerator.is_main_process)
 
 
 def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
@@ -114,7 +111,7 @@ def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
         )
         # another order of the data than the runs that go on from here
         name = f"{config.run_name} base"
-        base = replace(dense, run_name=name, seed=config.seed + 1, optim=pretraining)
+        base = replace(dense, run_name=name, seed=(config.seed + 1) % 2**31, optim=pretraining)
         found.append(Stage("base", base, base_run, start))
         start = _loaded_model(config, str(base_run.final_model))
     elif config.model.base != "scratch":
@@ -160,9 +157,9 @@ def _upcycled(
 
 def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
-        check_same_run(checkpoint.config, config)
+        check_same_run(from_dict(RunConfig, checkpoint.config), config)
     elif run.config.exists():
-        check_same_run(read_json(run.config), config)
+        check_same_run(from_dict(RunConfig, read_json(run.config)), config)
     done = checkpoint.step if checkpoint else 0
     check(
         config.stop_after is None or config.stop_after > done,
@@ -176,7 +173,9 @@ def _start_folder(
     run: RunFolder, config: RunConfig, data: PreparedData, accelerator: Accelerator
 ) -> None:
     if accelerator.is_main_process:
-        write_json(run.config, to_dict(config))
+        recover_folders(run)
+        if not run.config.exists():
+            write_json(run.config, to_dict(config))
         write_json(run.environment, describe_environment(accelerator))
         write_json(run.data_manifest, data.manifest)
     accelerator.wait_for_everyone()
@@ -184,16 +183,17 @@ def _start_folder(
 
 def _run_stage(
     stage: Stage, data: PreparedData, accelerator: Accelerator, checkpoint: Checkpoint | None
-) -> tuple[RunSummary, Evaluation | None]:
+) -> tuple[RunSummary, bool]:
+    """How the stage ended, and whether a signal asked to stop while it ran."""
     run, config = stage.run, stage.config
     if checkpoint is not None:
         now = tokens_per_step(config, accelerator.num_processes)
         then = checkpoint.progress["tokens_per_step"]
-        check_same_run(checkpoint.config, config, (then, now))
+        check_same_run(from_dict(RunConfig, checkpoint.config), config, (then, now))
     finished = _finished(run)
     if finished is not None:
         logger.info("%s is %s: nothing to do", run.root, finished.status)
-        return finished, None
+        return finished, False
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
     _start_folder(run, config, data, accelerator)
     if isinstance(model, MoEGPT2LMHeadModel):
@@ -202,12 +202,32 @@ def _run_stage(
     trainer = Trainer(config, model, data, run, accelerator, checkpoint)
     summary = trainer.train()
     accelerator.free_memory()
-    return summary, trainer.last_evaluation
+    return summary, trainer.stop_requested
 
 
 def _finished(run: RunFolder) -> RunSummary | None:
     """The summary of a run that has ended for good."""
     if not run.summary.exists():
         return None
-    summary = RunSummary(**read_json(run.summary))
+    values = read_json(run.summary)
+    try:
+        summary = RunSummary(**values)
+    except TypeError as error:
+        raise ValueError(f"{run.summary}: not the summary of a run ({error}); delete it") from error
     return summary if summary.status in ("completed", "collapsed") else None
+
+
+def _is_needed(stage: Stage, checkpoint: Checkpoint | None, config: RunConfig) -> bool:
+    """A run that goes on from a checkpoint needs its base for the dense comparison only."""
+    return stage.role != "base" or checkpoint is None or config.optim.compare_dense
+
+
+def _prepare(config: RunConfig, accelerator: Accelerator) -> PreparedData:
+    try:
+        with accelerator.main_process_first():
+            return prepare_data(config.data, config.seed)
+    except OSError as error:
+        raise RunError(
+            f"--cache-dir {config.data.cache_dir}: cannot be used ({reason(error)}); give a folder "
+            f"that can be written, on a disk with some space"
+        ) from error

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_emergence.config import DOMAINS
-from moe_emergence.training.step import StepSums
+from moe_emergence.training.step import StepStatistics
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class StepRecord:
     """What a step measured, still on the device."""
 
     step: int
-    sums: StepSums
+    sums: StepStatistics
     grad_norm: Tensor
     learning_rate: float
     noise_std: float | None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -31,7 +32,7 @@ class TrainingProgress:
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._progress.add_task(name, total=total, completed=done, status="")
+        self._task = self._progress.add_task(escape(name), total=total, completed=done, status="")
         self._name = name
 
     def __enter__(self) -> "TrainingProgress":
@@ -57,4 +58,5 @@ class TrainingProgress:
         self._progress.console.print(
             f"{self._name} step {step}: eval lm_loss {row['eval/lm_loss']:.3f} ({domains})",
             highlight=False,
+            markup=False,
         )

@@ -19,7 +19,6 @@ _FREE = frozenset(
         "device",
         "dispatch",
         "debug",
-        "model.base",
         "optim.batch_size",
         "optim.grad_accum_steps",
         "optim.compare_dense",
@@ -48,20 +47,19 @@ def find_checkpoint(resume: str | None, run: RunFolder) -> Checkpoint | None:
             )
         return None
     if resume == "auto":
-        newest = newest_checkpoint(run)
-        return None if newest is None else load_checkpoint(newest)
+        return newest_checkpoint(run)
     checkpoint = load_checkpoint(Path(resume))
-    newer = [step for step in run.checkpoint_steps() if step > checkpoint.step]
-    if newer:
+    newest = newest_checkpoint(run)
+    if newest is not None and newest.step > checkpoint.step:
         raise ValueError(
-            f"--resume {resume}: {run.root} has a newer checkpoint, step {newer[-1]}; use --resume "
-            f"auto, or give another --run-name to branch off"
+            f"--resume {resume}: {run.root} has a newer checkpoint, step {newest.step}; use "
+            f"--resume auto, or give another --run-name to branch off"
         )
     return checkpoint
 
 
 def check_same_run(
-    saved: Mapping[str, Any], config: RunConfig, tokens_per_step: tuple[int, int] | None = None
+    saved: RunConfig, config: RunConfig, tokens_per_step: tuple[int, int] | None = None
 ) -> None:
     """Refuse to go on with settings that would make it another run.
 
@@ -70,7 +68,7 @@ def check_same_run(
     tokens; with balance scope "micro" the micro-batch is part of the loss and may not.
 
     Args:
-        saved: `to_dict` of the configuration the run was started with.
+        saved: the configuration the run was started with.
         config: the one it is to go on with.
         tokens_per_step: then and now.
 
@@ -81,7 +79,7 @@ def check_same_run(
     free = set(_FREE) | {name for name in present if name.startswith("data.")}
     if config.optim.balance_scope == "micro":
         free.discard("optim.batch_size")
-    for name, before in _leaves(saved):
+    for name, before in _leaves(to_dict(saved)):
         if name not in free and present.get(name) != before:
             flag = "--" + name.rpartition(".")[2].replace("_", "-")
             raise ValueError(
@@ -100,10 +98,11 @@ def check_same_data_as(
     run: RunFolder, checkpoint: Checkpoint | None, manifest: Mapping[str, Any]
 ) -> None:
     """Refuse to go on with data other than that of the run, or of the checkpoint's run."""
-    folders = [run] if checkpoint is None else [run, RunFolder(checkpoint.path.parent.parent)]
-    for folder in folders:
-        if folder.data_manifest.exists():
-            check_same_data(read_json(folder.data_manifest), dict(manifest))
+    saved = [] if checkpoint is None else [checkpoint.data_manifest]
+    if run.data_manifest.exists():
+        saved.append(read_json(run.data_manifest))
+    for one in saved:
+        check_same_data(one, dict(manifest))
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

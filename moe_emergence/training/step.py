@@ -30,8 +30,8 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class StepSums:
-    """Sums over all sequences of a step and all processes; divide by the counts."""
+class StepStatistics:
+    """What a step measured, over all its sequences and all processes."""
 
     lm_loss: Tensor
     """Scalar: mean lm_loss."""
@@ -80,7 +80,7 @@ def forward_backward(
     batch: StepBatch,
     optim: OptimConfig,
     noise: RouterNoise | None,
-) -> StepSums:
+) -> StepStatistics:
     """Accumulate the gradients of one optimizer step.
 
     With balance scope "global" the balance loss counts assignments over the whole step, so that
@@ -94,7 +94,7 @@ def forward_backward(
     micro_batches = list(zip(batch.input_ids, batch.domain_ids, strict=True))
     num_micro = len(micro_batches)
     groups = [micro_batches]
-    if optim.balance_scope == "micro":
+    if optim.balance_scope == "micro" or noise is None:
         groups = [[micro_batch] for micro_batch in micro_batches]
     passes: list[Pass] = []
     lb_losses, z_losses = [], []
@@ -152,7 +152,7 @@ def _sum_up(
     passes: Sequence[Pass],
     lb_losses: Sequence[Tensor],
     z_losses: Sequence[Tensor],
-) -> StepSums:
+) -> StepStatistics:
     zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     rows = torch.cat([p.row_losses_B.detach() for p in passes]).double()
     domains = functional.one_hot(torch.cat([p.domain_ids_B for p in passes]), len(DOMAINS)).double()
@@ -176,7 +176,7 @@ def _sum_up(
     sizes = [part.numel() for part in parts]
     lm, lb, z, domain_loss, domain_rows, counts, entropy = flat.split(sizes)
     share = 1.0 / accelerator.num_processes
-    return StepSums(
+    return StepStatistics(
         (lm * share).squeeze(0),
         (lb * share).squeeze(0),
         (z * share).squeeze(0),

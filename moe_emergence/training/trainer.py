@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from moe_emergence.config import RunConfig, to_dict
 from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
+from moe_emergence.domain_fractions import write_domain_fractions
 from moe_emergence.errors import RunError
 from moe_emergence.models import MoEGPT2LMHeadModel
 from moe_emergence.models.loading import LanguageModel
@@ -22,12 +23,12 @@ from moe_emergence.moe import RouterNoise, TopKRouter
 from moe_emergence.run_folder import MetricsWriter, RunFolder, write_json
 from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_model_folder
 from moe_emergence.training.collapse import CollapseDetector
-from moe_emergence.training.evaluation import Evaluation, evaluate
+from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.interrupt import StopRequest
 from moe_emergence.training.metrics import StepRecord, check_finite, step_row
 from moe_emergence.training.progress import TrainingProgress
 from moe_emergence.training.schedules import build_optimizer, learning_rate_schedule, noise_std
-from moe_emergence.training.step import StepSums, forward_backward
+from moe_emergence.training.step import StepStatistics, forward_backward
 from moe_emergence.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,6 @@ class Trainer:
         self.detector = CollapseDetector(
             config.monitor.collapse_threshold, config.monitor.collapse_checks
         )
-        self.last_evaluation: Evaluation | None = None
         self.step, self.best = 0, math.inf
         self.train_seconds = self.wall_seconds = 0.0
         optimizer = build_optimizer(model, config.optim)
@@ -92,6 +92,9 @@ class Trainer:
             num_processes=accelerator.num_processes,
         )
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.stop_requested = False
+        """After `train`: whether a signal asked to stop, even if the run was complete by then."""
+        self.resumed = checkpoint is not None
         if checkpoint is not None:
             self._restore(checkpoint)
         self.metrics = MetricsWriter(run.metrics)
@@ -105,7 +108,7 @@ class Trainer:
             RunError: for a loss that is not finite or a disk that cannot be written; the summary
                 then says "failed", and earlier checkpoints are untouched.
         """
-        self._on_main(lambda: self.metrics.keep_up_to(self.step))
+        self._on_main(lambda: self.metrics.keep_up_to(self.step if self.resumed else -1))
         name, is_main = self.config.run_name, self.accelerator.is_main_process
         self.tracking = Tracking(
             self.config.monitor.track if is_main else "none",
@@ -117,18 +120,26 @@ class Trainer:
         try:
             with StopRequest() as stop, bar as self.progress:
                 status = self._loop(stop)
-            if status != "interrupted":
-                self._on_main(lambda: self._save_model(self.run.final_model.name))
-        except RunError:
+                if status != "interrupted":
+                    self._on_main(lambda: self._save_model(self.run.final_model.name))
+                self.stop_requested = self._agreed(stop.requested)
+        except KeyboardInterrupt:
+            self._write_summary("interrupted")
+            raise
+        except Exception:
             self._write_summary("failed")
             raise
         finally:
             self.tracking.finish()
-        return self._write_summary(status)
+        summary = self._write_summary(status)
+        self.accelerator.wait_for_everyone()
+        return summary
 
     def _loop(self, stop: StopRequest) -> str:
         monitor, max_steps = self.config.monitor, self.config.optim.max_steps
-        if self.step == 0:
+        # a run from its beginning, or one that branches off another run's checkpoint
+        if not self.resumed or not self.run.best_model.is_dir():
+            self.best = math.inf
             self._evaluate()
         batches = iter(self.loader)
         self.model.train()
@@ -157,7 +168,7 @@ class Trainer:
                 self._clock = time.perf_counter()
         return status
 
-    def _train_step(self, batch: StepBatch) -> StepSums:
+    def _train_step(self, batch: StepBatch) -> StepStatistics:
         config, optim = self.config, self.config.optim
         # dropout is a function of (seed, step, process): nothing to save, nothing to drift
         torch.manual_seed(hash((config.seed, self.step, self.accelerator.process_index)))
@@ -207,9 +218,12 @@ class Trainer:
     def _advice(self) -> str:
         steps = self.run.checkpoint_steps()
         last = str(self.run.checkpoint(steps[-1])) if steps else "none yet"
-        return f"lower --learning-rate or use --precision fp32; last checkpoint: {last}"
+        return (
+            f"start again under another --run-name with a lower --learning-rate or --precision "
+            f"fp32; last checkpoint: {last}"
+        )
 
-    def _collapsed(self, sums: StepSums) -> bool:
+    def _collapsed(self, sums: StepStatistics) -> bool:
         fractions_NE = sums.expert_counts_NE / sums.expert_counts_NE.sum(dim=1, keepdim=True)
         layers = self.config.model.moe_layers
         by_layer = dict(zip(layers, fractions_NE.tolist(), strict=True))
@@ -234,12 +248,13 @@ class Trainer:
             moe_layers=self.config.model.moe_layers,
             num_experts=self.config.model.num_experts,
         )
-        self.last_evaluation = evaluation
         if not math.isfinite(evaluation.lm_loss):
             raise RunError(f"eval/lm_loss is not finite at step {self.step}; {self._advice()}")
         row = evaluation.metrics()
         self.progress.evaluated(self.step, row)
         self._record([{"step": self.step, **row}])
+        if evaluation.domain_fractions and self.accelerator.is_main_process:
+            write_domain_fractions(self.run.expert_domain, evaluation.domain_fractions)
         if evaluation.lm_loss < self.best:
             self.best = evaluation.lm_loss
             self._on_main(lambda: self._save_model(self.run.best_model.name))
@@ -273,6 +288,7 @@ class Trainer:
             trainer_state=state,
             progress=progress,
             config=to_dict(self.config),
+            data_manifest=self.data.manifest,
             keep_last_k=self.config.monitor.keep_last_k,
         )
 
@@ -301,5 +317,6 @@ class Trainer:
             self.step * self.tokens_per_step / max(self.train_seconds, 1e-9),
             self.wall_seconds + time.perf_counter() - self._started,
         )
-        self._on_main(lambda: write_json(self.run.summary, vars(summary)))
+        if self.accelerator.is_main_process:
+            write_json(self.run.summary, vars(summary))
         return summary
