@@ -63,10 +63,8 @@ def test_a_base_that_does_not_fit_is_refused(
 
 def test_missing_weights_are_refused(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = folder / "model.safetensors"
-    weights = {
-        k: v for k, v in load_file(path).items() if ".h.1.mlp." not in k and "h.1.mlp." not in k
-    }
-    save_file(weights, path, {"format": "pt"})
+    kept = {name: value for name, value in load_file(path).items() if "h.1.mlp." not in name}
+    save_file(kept, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lack \S*h\.1\.mlp"):
         load(folder, tokenizer)
     with pytest.raises(ValueError, match=r"lack \S*h\.1\.mlp"):
