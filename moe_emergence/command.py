@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import datasets
 import transformers
 import tyro
 from rich.console import Console
@@ -71,7 +70,6 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     logging.getLogger("moe_emergence").setLevel(logging.INFO)
     # a run has its own progress bar; those of every saved and loaded file would bury it
     transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
     try:
         return main(argv)

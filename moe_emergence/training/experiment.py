@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from transformers import GPT2LMHeadModel
 
 from moe_emergence.config import RunConfig, check, check_layers_exist, from_dict, to_dict
-from moe_emergence.data import PreparedData, prepare_data
+from moe_emergence.data import PreparedData, check_same_data, prepare_data
 from moe_emergence.errors import RunError
 from moe_emergence.hub_access import reason
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
@@ -225,9 +226,13 @@ def _is_needed(stage: Stage, checkpoint: Checkpoint | None, config: RunConfig) -
 def _prepare(config: RunConfig, accelerator: Accelerator) -> PreparedData:
     try:
         with accelerator.main_process_first():
-            return prepare_data(config.data, config.seed)
+            data = prepare_data(config.data, config.seed)
     except OSError as error:
         raise RunError(
             f"--cache-dir {config.data.cache_dir}: cannot be used ({reason(error)}); give a folder "
             f"that can be written, on a disk with some space"
         ) from error
+    # a hub revision may move, and machines may hold different files under one path
+    for manifest in gather_object([data.manifest]):
+        check_same_data(manifest, data.manifest)
+    return data
