@@ -4,23 +4,14 @@ The docstring under each field is its command-line help. Every field is a flag o
 (`max_steps` is `--max-steps`); a `ValueError` names the flag, what was given and what to change.
 """
 
-import dataclasses
 import math
-import typing
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from moe_emergence.moe.dispatch import DispatchName
+from moe_emergence.settings import check
 
 DOMAINS = ("code", "math", "prose")
-
-T = TypeVar("T")
-
-
-def check(condition: bool, flag: str, given: object, change: str) -> None:
-    """Raise the `ValueError` every bad setting raises: the flag, what was given, what to change."""
-    if not condition:
-        raise ValueError(f"{flag} {given}: {change}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,36 +314,3 @@ class RunConfig:
             self.optim.pretrain_steps,
             "upcycling a base made from scratch needs dense steps first; give at least 1",
         )
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as JSON-ready dictionaries (tuples become lists)."""
-
-    def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-    result: dict[str, Any] = plain(config)
-    return result
-
-
-def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Rebuild a configuration dataclass; unknown or missing names raise `ValueError`."""
-    hints = typing.get_type_hints(cls)
-    unknown = sorted(values.keys() - hints.keys())
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
-    missing = sorted(hints.keys() - values.keys())
-    if missing:
-        raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}")
-    kwargs: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            kwargs[name] = from_dict(hint, value)
-        elif typing.get_origin(hint) is tuple:
-            kwargs[name] = tuple(value)
-        else:
-            kwargs[name] = value
-    return cls(**kwargs)

@@ -12,10 +12,10 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
 
 from moe_emergence.analysis.token_routing import print_routing
 from moe_emergence.command import parse, run
-from moe_emergence.config import check
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import LanguageModel, load_trained_model
 from moe_emergence.moe.dispatch import DispatchName, get_dispatcher
+from moe_emergence.settings import check
 
 PROG = "python -m moe_emergence.generate"
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_emergence.command import parse
-from moe_emergence.config import ModelConfig, OptimConfig, RunConfig, from_dict, to_dict
+from moe_emergence.config import ModelConfig, OptimConfig, RunConfig
 from moe_emergence.presets import PRESETS, get_preset
+from moe_emergence.settings import from_dict, to_dict
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:

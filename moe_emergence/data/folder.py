@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_emergence.config import DOMAINS, check
+from moe_emergence.config import DOMAINS
 from moe_emergence.data.streams import (
     Format,
     Row,
@@ -20,6 +20,7 @@ from moe_emergence.data.streams import (
 )
 from moe_emergence.data.texts import DomainTexts, take_texts
 from moe_emergence.hub_access import reason
+from moe_emergence.settings import check
 
 SHUFFLE_BUFFER = 10_000
 COMPRESSED = ("", ".gz", ".xz", ".bz2", ".zst")

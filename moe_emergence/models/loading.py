@@ -8,9 +8,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
-from moe_emergence.config import ModelConfig, check, check_layers_exist
+from moe_emergence.config import ModelConfig, check_layers_exist
 from moe_emergence.hub_access import check_model_reachable, reason
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel
+from moe_emergence.settings import check
 
 LanguageModel = GPT2LMHeadModel | MoEGPT2LMHeadModel
 

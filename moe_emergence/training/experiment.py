@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import GPT2LMHeadModel
 
-from moe_emergence.config import RunConfig, check, check_layers_exist, from_dict, to_dict
+from moe_emergence.config import RunConfig, check_layers_exist
 from moe_emergence.data import PreparedData, check_same_data, prepare_data
 from moe_emergence.errors import RunError
 from moe_emergence.hub_access import reason
@@ -27,6 +27,7 @@ from moe_emergence.models.loading import (
 )
 from moe_emergence.moe import get_dispatcher
 from moe_emergence.run_folder import RunFolder, read_json, write_json
+from moe_emergence.settings import check, from_dict, to_dict
 from moe_emergence.training.checkpoint import Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint

@@ -4,9 +4,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moe_emergence.config import RunConfig, to_dict
+from moe_emergence.config import RunConfig
 from moe_emergence.data.manifest import check_same_data
 from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.settings import to_dict
 from moe_emergence.training.checkpoint import Checkpoint, load_checkpoint, newest_checkpoint
 
 _FREE = frozenset(

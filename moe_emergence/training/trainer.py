@@ -12,24 +12,23 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from moe_emergence.config import RunConfig, to_dict
+from moe_emergence.config import RunConfig
 from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.domain_fractions import write_domain_fractions
-from moe_emergence.errors import RunError
 from moe_emergence.models import MoEGPT2LMHeadModel
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise, TopKRouter
-from moe_emergence.run_folder import MetricsWriter, RunFolder, write_json
+from moe_emergence.run_folder import RunFolder, write_json
+from moe_emergence.settings import to_dict
 from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_model_folder
 from moe_emergence.training.collapse import CollapseDetector
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.interrupt import StopRequest
-from moe_emergence.training.metrics import StepRecord, check_finite, step_row
-from moe_emergence.training.progress import TrainingProgress
+from moe_emergence.training.metrics import StepRecord
+from moe_emergence.training.recorder import Recorder
 from moe_emergence.training.schedules import build_optimizer, learning_rate_schedule, noise_std
 from moe_emergence.training.step import StepStatistics, forward_backward
-from moe_emergence.training.tracking import Tracking
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +96,7 @@ class Trainer:
         self.resumed = checkpoint is not None
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.metrics = MetricsWriter(run.metrics)
-        self._pending: list[StepRecord] = []
-        self._clock = self._started = time.perf_counter()
+        self._started = time.perf_counter()
 
     def train(self) -> RunSummary:
         """Train to the last step, or until stopped, and write the summary.
@@ -108,17 +105,16 @@ class Trainer:
             RunError: for a loss that is not finite or a disk that cannot be written; the summary
                 then says "failed", and earlier checkpoints are untouched.
         """
-        self._on_main(lambda: self.metrics.keep_up_to(self.step if self.resumed else -1))
-        name, is_main = self.config.run_name, self.accelerator.is_main_process
-        self.tracking = Tracking(
-            self.config.monitor.track if is_main else "none",
-            self.run.root,
-            name,
-            to_dict(self.config),
+        self.recorder = Recorder(
+            self.config,
+            self.run,
+            is_main=self.accelerator.is_main_process,
+            tokens_per_step=self.tokens_per_step,
+            first_step=self.step if self.resumed else -1,
+            train_seconds=self.train_seconds,
         )
-        bar = TrainingProgress(name, self.step, self.config.optim.max_steps, enabled=is_main)
         try:
-            with StopRequest() as stop, bar as self.progress:
+            with StopRequest() as stop, self.recorder:
                 status = self._loop(stop)
                 if status != "interrupted":
                     self._on_main(lambda: self._save_model(self.run.final_model.name))
@@ -129,8 +125,6 @@ class Trainer:
         except Exception:
             self._write_summary("failed")
             raise
-        finally:
-            self.tracking.finish()
         summary = self._write_summary(status)
         self.accelerator.wait_for_everyone()
         return summary
@@ -144,20 +138,19 @@ class Trainer:
         batches = iter(self.loader)
         self.model.train()
         status = "completed"
-        self._clock = time.perf_counter()
+        self.recorder.start_clock()
         while self.step < max_steps and status == "completed":
             sums = self._train_step(next(batches))
             self.step += 1
             is_last = self.step == max_steps
-            if (
-                self._agreed(stop.requested) or self.step == self.config.stop_after
-            ) and not is_last:
+            stopping = self._agreed(stop.requested) or self.step == self.config.stop_after
+            if stopping and not is_last:
                 status = "interrupted"
             checking = self.step % monitor.collapse_every == 0 and self.config.model.moe_layers
             evaluating = self.step % monitor.eval_every == 0 or is_last
             saving = self.step % monitor.save_every == 0 or is_last or status == "interrupted"
             if self.step % monitor.log_every == 0 or checking or evaluating or saving:
-                self._flush()
+                self.recorder.flush()
             if checking and self._collapsed(sums) and monitor.collapse_early_stop:
                 status, evaluating, saving = "collapsed", True, True
             if evaluating:
@@ -165,7 +158,7 @@ class Trainer:
             if saving:
                 self._on_main(self._save_checkpoint)
             if evaluating or saving:
-                self._clock = time.perf_counter()
+                self.recorder.start_clock()
         return status
 
     def _train_step(self, batch: StepBatch) -> StepStatistics:
@@ -189,39 +182,8 @@ class Trainer:
                 if isinstance(layer.router, TopKRouter):
                     layer.router.update_expert_bias(counts_E, config.model.expert_bias_rate)
         std = None if noise is None else noise.std
-        self._pending.append(StepRecord(self.step + 1, sums, norm, learning_rate, std))
+        self.recorder.step(StepRecord(self.step + 1, sums, norm, learning_rate, std))
         return sums
-
-    def _flush(self) -> None:
-        """Move the pending measurements off the device in one go and write their rows."""
-        if not self._pending:
-            return
-        every, layers = self.config.monitor.log_router_every, self.config.model.moe_layers
-        rows = [step_row(r, layers if r.step % every == 0 else ()) for r in self._pending]
-        now = time.perf_counter()
-        rate = len(rows) * self.tokens_per_step / (now - self._clock)
-        rows[-1]["perf/tokens_per_sec"] = rate
-        self.train_seconds += now - self._clock
-        self._pending, self._clock = [], now
-        good, failure = check_finite(rows)
-        self._record(good)
-        if failure is not None:
-            raise RunError(f"{failure}; {self._advice()}")
-        self.progress.update(self.step, rows[-1]["train/lm_loss"], rate)
-
-    def _record(self, rows: list[dict[str, float]]) -> None:
-        if self.accelerator.is_main_process:
-            self.metrics.append(rows)
-            for row in rows:
-                self.tracking.log(row)
-
-    def _advice(self) -> str:
-        steps = self.run.checkpoint_steps()
-        last = str(self.run.checkpoint(steps[-1])) if steps else "none yet"
-        return (
-            f"start again under another --run-name with a lower --learning-rate or --precision "
-            f"fp32; last checkpoint: {last}"
-        )
 
     def _collapsed(self, sums: StepStatistics) -> bool:
         fractions_NE = sums.expert_counts_NE / sums.expert_counts_NE.sum(dim=1, keepdim=True)
@@ -249,10 +211,8 @@ class Trainer:
             num_experts=self.config.model.num_experts,
         )
         if not math.isfinite(evaluation.lm_loss):
-            raise RunError(f"eval/lm_loss is not finite at step {self.step}; {self._advice()}")
-        row = evaluation.metrics()
-        self.progress.evaluated(self.step, row)
-        self._record([{"step": self.step, **row}])
+            raise self.recorder.failure(f"eval/lm_loss is not finite at step {self.step}")
+        self.recorder.evaluated(self.step, evaluation.metrics())
         if evaluation.domain_fractions and self.accelerator.is_main_process:
             write_domain_fractions(self.run.expert_domain, evaluation.domain_fractions)
         if evaluation.lm_loss < self.best:
@@ -276,7 +236,7 @@ class Trainer:
         progress = {
             "best_eval_lm_loss": self.best,
             "collapse_streaks": self.detector.state_dict(),
-            "train_seconds": self.train_seconds,
+            "train_seconds": self.recorder.train_seconds,
             "wall_seconds": self.wall_seconds + time.perf_counter() - self._started,
             "tokens_per_step": self.tokens_per_step,
         }
@@ -314,7 +274,7 @@ class Trainer:
             status,
             self.step,
             self.best if math.isfinite(self.best) else None,
-            self.step * self.tokens_per_step / max(self.train_seconds, 1e-9),
+            self.step * self.tokens_per_step / max(self.recorder.train_seconds, 1e-9),
             self.wall_seconds + time.perf_counter() - self._started,
         )
         if self.accelerator.is_main_process:
