@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from moe_emergence.config import RunConfig
 from moe_emergence.errors import RunError
@@ -73,6 +76,21 @@ def test_collapse_early_stop_ends_the_run(tiny_config: RunConfig) -> None:
     )
 
 
+def test_a_collapse_is_counted_across_a_resume(tiny_config: RunConfig) -> None:
+    monitor = replace(
+        tiny_config.monitor,
+        collapse_threshold=0.01,
+        collapse_checks=3,
+        collapse_every=1,
+        collapse_early_stop=True,
+    )
+    config = replace(tiny_config, monitor=monitor)
+    assert run_experiment(replace(config, stop_after=2)).status == "interrupted"
+    assert run_experiment(replace(config, resume="auto")).status == "collapsed"
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    assert read_json(run.summary)["final_step"] == 3
+
+
 def test_metrics_file_drops_what_was_cut_off(tmp_path: Path) -> None:
     writer = MetricsWriter(tmp_path / "metrics.jsonl")
     writer.keep_up_to(5)
@@ -128,6 +146,24 @@ def test_a_tracker_that_fails_warns_once_and_training_goes_on(
     warnings = [r.message for r in caplog.records if "--track tensorboard failed" in r.message]
     assert len(warnings) == 1
     assert read_metrics(run.metrics)[-1]["step"] == 6
+
+
+def test_bf16_trains_close_to_fp32_and_keeps_fp32_weights(tiny_config: RunConfig) -> None:
+    config = replace(tiny_config, optim=replace(tiny_config.optim, precision="bf16"))
+    run_experiment(config)
+    run = RunFolder(Path(config.output_dir) / "tiny")
+    assert read_json(run.environment)["precision"] == "bf16"
+    weights = load_file(run.final_model / "model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.float32}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_experiment(replace(tiny_config, run_name="fp32"))
+    exact = RunFolder(Path(config.output_dir) / "fp32")
+    for row, other in zip(read_metrics(run.metrics), read_metrics(exact.metrics), strict=True):
+        for key in ("train/lm_loss", "eval/lm_loss", "train/lb_loss"):
+            if key in row:
+                # bf16 has 8 bits: one rounding is 2^-9 of the value
+                assert row[key] == pytest.approx(other[key], rel=2**-7), (row["step"], key)
+                assert row[key] != other[key] or key != "train/lm_loss"
 
 
 def test_tensorboard_gets_every_row(tiny_config: RunConfig) -> None:
