@@ -75,6 +75,22 @@ def test_resumed_run_equals_uninterrupted_run_bitwise(
     assert_same_run(RunFolder(Path(config.output_dir) / "tiny"), run)
 
 
+def test_a_resumed_run_remembers_its_best_model(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """A learning rate that makes every evaluation worse than the first."""
+    optim = replace(tiny_config.optim, learning_rate=5.0, warmup_fraction=0.0)
+    config = replace(tiny_config, optim=optim)
+    run_experiment(config)
+    whole = RunFolder(Path(config.output_dir) / "tiny")
+    losses = [row["eval/lm_loss"] for row in read_metrics(whole.metrics) if "eval/lm_loss" in row]
+    assert min(losses) == losses[0]
+    stopped = replace(config, output_dir=str(tmp_path / "stopped"))
+    run_experiment(replace(stopped, stop_after=2))
+    run_experiment(replace(stopped, resume="auto"))
+    run = RunFolder(tmp_path / "stopped" / "tiny")
+    assert_same_run(whole, run)
+    assert read_json(run.summary)["best_eval_lm_loss"] == losses[0]
+
+
 def test_crash_between_checkpoints_is_made_good(tiny_config: RunConfig, tmp_path: Path) -> None:
     """Rows written after the newest checkpoint are dropped and measured again."""
     run_experiment(tiny_config)
