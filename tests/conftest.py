@@ -1,5 +1,6 @@
 """Shared fixtures: a small folder of data, and configurations that train on it in a second."""
 
+import importlib.util
 import json
 import os
 import random
@@ -10,12 +11,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    # Triton decides when a kernel (its own helpers included) is decorated: before anything else
+    # imports it, and without a variable that the commands under test would inherit
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+    import triton.language
+
+    del os.environ["TRITON_INTERPRET"]
+    triton.knobs.runtime.interpret = True
+
 from accelerate.state import AcceleratorState, GradientState
 
 from moe_emergence.config import DOMAINS, RunConfig
 from moe_emergence.presets import demo
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""Where the Triton kernels run under test: on the GPU, or on CPU tensors in the interpreter."""
 
 
 @pytest.fixture(scope="session")
