@@ -3,14 +3,7 @@
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
-
-TRITON_DTYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -23,11 +16,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
-def supported(*tensors: Tensor | None) -> bool:
-    """Whether the kernels take these dtypes; fp64 is left to plain torch."""
-    return all(t is None or t.dtype in TRITON_DTYPES for t in tensors)
+def matmul_precision(tensor: Tensor) -> str:
+    """How products of this tensor's dtype are computed: fp32 follows torch's own choice.
+
+    `torch.set_float32_matmul_precision("high")` or "medium" gives tf32, "highest" IEEE fp32.
+    """
+    if tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "ieee"
 
 
-def with_unit_rows(tensor: Tensor) -> Tensor:
-    """`tensor` with its last dimension contiguous, copied only if it is not; other strides stay."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+def with_contiguous_rows(tensor: Tensor) -> Tensor:
+    """A 2-D tensor whose rows are contiguous, copied only if they are not."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()

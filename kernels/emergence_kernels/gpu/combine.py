@@ -1,0 +1,68 @@
+"""Combine: every token gathers its K rows and sums them, so that nothing is added concurrently.
+
+Letters: T tokens, H model width, K experts per token, S = T*K routed rows sorted by expert.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from emergence_kernels.gpu.launch import launch
+
+
+@triton.jit
+def _combine_fwd_kernel(
+    rows_ptr,  # (S, H) contiguous, sorted by expert
+    inv_perm_ptr,  # (S,) int64: the sorted row of every slot t*K + k
+    weights_ptr,  # (T, K) contiguous, read if WEIGHTED
+    y_ptr,  # (T, H) out
+    num_tokens,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Grid: (token blocks, blocks of H)."""
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = (t < num_tokens)[:, None] & (h < H)[None, :]
+    total = tl.zeros((BLOCK_T, BLOCK_H), dtype=tl.float32)
+    for k in tl.static_range(K):
+        slot = t * K + k
+        row = tl.load(inv_perm_ptr + slot, mask=t < num_tokens, other=0)
+        part = tl.load(rows_ptr + row[:, None] * H + h[None, :], mask=inside, other=0.0)
+        part = part.to(tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weights_ptr + slot, mask=t < num_tokens, other=0.0)
+            part = part * weight.to(tl.float32)[:, None]
+        total += part
+    tl.store(y_ptr + t[:, None] * H + h[None, :], total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def combine(rows_SH: Tensor, inv_perm_S: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
+    """Sum (T, H) over k of `weights[t, k] * rows[inv_perm[t*K + k]]`, in fp32, rounded once.
+
+    Without `weights_TK` (T, K) the rows are added as they are.
+    """
+    num_rows, hidden = rows_SH.shape
+    num_tokens = num_rows // top_k
+    y_TH = rows_SH.new_empty(num_tokens, hidden)
+    block_h = min(triton.next_power_of_2(hidden), 1024)
+    block_t = max(2048 // block_h, 1)
+    launch(
+        _combine_fwd_kernel,
+        (triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, block_h)),
+        rows_SH,
+        inv_perm_S,
+        weights_TK,
+        y_TH,
+        num_tokens,
+        H=hidden,
+        K=top_k,
+        WEIGHTED=weights_TK is not None,
+        BLOCK_T=block_t,
+        BLOCK_H=block_h,
+        num_warps=4,
+    )
+    return y_TH

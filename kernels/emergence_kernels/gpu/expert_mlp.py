@@ -1,0 +1,123 @@
+"""Forward and backward of the expert MLP from the kernels.
+
+Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+E experts, K experts per token, S = T*K routed rows sorted by expert.
+"""
+
+from torch import Tensor
+
+from emergence_kernels.activations import Activation
+from emergence_kernels.gpu.activation_gradient import activation_gradient
+from emergence_kernels.gpu.combine import combine
+from emergence_kernels.gpu.gemm_config import GemmPlan
+from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
+from emergence_kernels.gpu.row_product import row_product
+from emergence_kernels.gpu.small_gradients import (
+    output_bias_gradient,
+    routing_weight_gradient,
+    sum_of_tiles,
+)
+from emergence_kernels.gpu.up_projection import up_projection
+from emergence_kernels.gpu.weight_gradient import weight_gradient
+from emergence_kernels.permutation import Permutation
+
+
+def forward(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    w1_EHP: Tensor,
+    b1_EP: Tensor | None,
+    w2_EFH: Tensor,
+    b2_EH: Tensor | None,
+    permutation: Permutation,
+    activation: Activation,
+    plan: GemmPlan,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H) and the pre-activations (S, P) that the backward pass needs."""
+    precision = matmul_precision(x_TH)
+    b1_EP = None if b1_EP is None else b1_EP.contiguous()
+    b2_EH = None if b2_EH is None else b2_EH.contiguous()
+    pre_SP, act_SF = up_projection(
+        with_contiguous_rows(x_TH),
+        w1_EHP.contiguous(),
+        b1_EP,
+        permutation,
+        activation,
+        plan.up,
+        precision,
+    )
+    out_SH = row_product(
+        act_SF, w2_EFH.contiguous(), b2_EH, permutation.expert_offsets, plan.down, precision
+    )
+    top_k = weights_TK.shape[1]
+    return combine(out_SH, permutation.inv_perm, top_k, weights_TK.contiguous()), pre_SP
+
+
+def backward(
+    dy_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    w1_EHP: Tensor,
+    w2_EFH: Tensor,
+    b2_EH: Tensor | None,
+    pre_SP: Tensor,
+    permutation: Permutation,
+    activation: Activation,
+    plan: GemmPlan,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the routing weights, w1, b1, w2 and b2, where `wanted` says so.
+
+    Everything but x, the pre-activations and the routing is computed again or not kept: the
+    activation from the pre-activation, the routing weight's gradient as `<dA', A>`.
+    """
+    precision = matmul_precision(x_TH)
+    want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
+    offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
+    x_TH, dy_TH = with_contiguous_rows(x_TH), with_contiguous_rows(dy_TH)
+    weights_TK, w1_EHP, w2_EFH = weights_TK.contiguous(), w1_EHP.contiguous(), w2_EFH.contiguous()
+    dx = dweights = dw1 = db1 = dw2 = db2 = bias_dscale_S = None
+
+    through = activation_gradient(
+        dy_TH,
+        weights_TK,
+        w2_EFH,
+        pre_SP,
+        permutation,
+        activation,
+        plan.activation_grad,
+        precision,
+        want_pre=want_x or want_w1 or want_b1,
+        want_bias=want_b1,
+        want_act=want_w2,
+        want_scale=want_weights,
+    )
+    if b2_EH is not None and (want_b2 or want_weights):
+        db2, bias_dscale_S = output_bias_gradient(
+            dy_TH, weights_TK, b2_EH.contiguous(), permutation
+        )
+    if through.dscale_NS is not None:
+        dweights = routing_weight_gradient(
+            through.dscale_NS, bias_dscale_S, permutation.inv_perm, weights_TK
+        )
+    if through.scaled_act_SF is not None:
+        dw2 = weight_gradient(
+            through.scaled_act_SF,
+            dy_TH,
+            offsets,
+            plan.weight_grad,
+            precision,
+            b_rows_S=token_idx_S,
+        )
+    if through.db1_MP is not None:
+        db1 = sum_of_tiles(through.db1_MP, offsets, plan.activation_grad.block_m, x_TH.dtype)
+    if through.dpre_SP is not None and want_w1:
+        dw1 = weight_gradient(
+            x_TH, through.dpre_SP, offsets, plan.weight_grad, precision, a_rows_S=token_idx_S
+        )
+    if through.dpre_SP is not None and want_x:
+        dx_SH = row_product(
+            through.dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True
+        )
+        dx = combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None)
+    return dx, dweights, dw1, db1, dw2, db2 if want_b2 else None

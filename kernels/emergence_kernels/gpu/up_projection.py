@@ -1,0 +1,119 @@
+"""Up projection: gather the tokens of every expert, multiply, add the bias, activate.
+
+Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+E experts, S routed rows sorted by expert.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from emergence_kernels.activations import Activation
+from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
+from emergence_kernels.gpu.gemm_config import GemmConfig
+from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.tiles import (
+    expert_tiles,
+    grouped_order,
+    locate_tile,
+    multiply_rows,
+    tile_bound,
+)
+from emergence_kernels.permutation import Permutation
+
+
+@triton.jit
+def _up_projection_fwd_kernel(
+    x_ptr,  # (T, H) tokens, rows STRIDE_X apart
+    token_idx_ptr,  # (S,) int64: the token of every sorted row
+    expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
+    w1_ptr,  # (E, H, P) contiguous
+    b1_ptr,  # (E, P) contiguous, read if HAS_BIAS
+    pre_ptr,  # (S, P) out: pre-activations
+    act_ptr,  # (S, F) out: activations
+    E: tl.constexpr,
+    H: tl.constexpr,
+    F: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Grid: (programs,); each walks over (row tile, column tile) pairs `programs` apart."""
+    P: tl.constexpr = 2 * F if GATED else F
+    start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
+    tiles_m = tl.max(tiles_E, 0)
+    tiles_n: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
+        expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
+        row = first + tl.arange(0, BLOCK_M)
+        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        token = tl.load(token_idx_ptr + row, mask=row < end, other=0)
+        w_ptr = w1_ptr + expert * (H * P)
+        pre = multiply_rows(x_ptr, token * STRIDE_X, w_ptr, column % F, H, P, 1, BLOCK_K, PRECISION)
+        if HAS_BIAS:
+            pre += tl.load(b1_ptr + expert * P + column % F)[None, :].to(tl.float32)
+        inside = (row < end)[:, None] & (column < F)[None, :]
+        wide_row = row.to(tl.int64)[:, None]
+        pre_ptrs = pre_ptr + wide_row * P + column[None, :]
+        tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=inside)
+        if GATED:
+            up = multiply_rows(
+                x_ptr, token * STRIDE_X, w_ptr, F + column % F, H, P, 1, BLOCK_K, PRECISION
+            )
+            if HAS_BIAS:
+                up += tl.load(b1_ptr + expert * P + F + column % F)[None, :].to(tl.float32)
+            tl.store(pre_ptrs + F, up.to(pre_ptr.dtype.element_ty), mask=inside)
+            act = silu(pre)[0] * up
+        else:
+            act = gelu_tanh(pre)[0]
+        act_ptrs = act_ptr + wide_row * F + column[None, :]
+        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside)
+
+
+def up_projection(
+    x_TH: Tensor,
+    w1_EHP: Tensor,
+    b1_EP: Tensor | None,
+    permutation: Permutation,
+    activation: Activation,
+    config: GemmConfig,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    """Pre-activations (S, P) `x[token] @ w1[e] + b1[e]` and activations (S, F), sorted by expert.
+
+    Bias and activation are applied to the fp32 accumulator; both results are rounded once.
+    """
+    num_experts, hidden, pre_width = w1_EHP.shape
+    width = pre_width // 2 if activation == "swiglu" else pre_width
+    num_rows = permutation.token_idx.numel()
+    pre_SP = x_TH.new_empty(num_rows, pre_width)
+    act_SF = x_TH.new_empty(num_rows, width)
+    tiles = tile_bound(num_rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
+    launch(
+        _up_projection_fwd_kernel,
+        (config.programs(tiles, x_TH.device),),
+        x_TH,
+        permutation.token_idx,
+        permutation.expert_offsets,
+        w1_EHP,
+        b1_EP,
+        pre_SP,
+        act_SF,
+        E=num_experts,
+        H=hidden,
+        F=width,
+        STRIDE_X=x_TH.stride(0),
+        GATED=activation == "swiglu",
+        HAS_BIAS=b1_EP is not None,
+        PRECISION=precision,
+        E_PAD=triton.next_power_of_2(num_experts),
+        **config.options(),
+    )
+    return pre_SP, act_SF
