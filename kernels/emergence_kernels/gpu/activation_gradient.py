@@ -44,6 +44,68 @@ class ActivationGradient(NamedTuple):
 
 
 @triton.jit
+def _halves(tile):
+    """The left and the right columns of a tile; an epilogue on half needs half the registers."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _through_activation(
+    dact,  # (BLOCK_M, columns) fp32: a part of dA'
+    pre_ptr,  # (S, P) pre-activations
+    dpre_ptr,  # (S, P) out, written if WANT_PRE
+    db1_ptr,  # (M, P) fp32 out, written if WANT_BIAS
+    scaled_act_ptr,  # (S, F) out, written if WANT_ACT
+    scale,  # (BLOCK_M,) fp32: the routing weight of every row
+    tile_m,
+    row,  # (BLOCK_M,) sorted rows, those from `end` on are another expert's
+    end,
+    column,  # (columns,) of F
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    WANT_PRE: tl.constexpr,
+    WANT_BIAS: tl.constexpr,
+    WANT_ACT: tl.constexpr,
+):
+    """Write the part's gradients and activations; `<dA', A>` of every row, (BLOCK_M,) fp32."""
+    P: tl.constexpr = 2 * F if GATED else F
+    inside = (row < end)[:, None] & (column < F)[None, :]
+    wide_row = row.to(tl.int64)[:, None]
+    pre_offsets = wide_row * P + column[None, :]
+    pre = tl.load(pre_ptr + pre_offsets, mask=inside, other=0.0).to(tl.float32)
+    # rows and columns outside hold other rows' numbers, which may be infinite
+    dact = tl.where(inside, dact, 0.0)
+    if GATED:
+        up = tl.load(pre_ptr + pre_offsets + F, mask=inside, other=0.0).to(tl.float32)
+        gate, slope = silu(pre)
+        act = gate * up
+        slope = slope * up
+    else:
+        act, slope = gelu_tanh(pre)
+    share = tl.sum(dact * act, 1)
+    if WANT_ACT:
+        rounded = (act * scale[:, None]).to(scaled_act_ptr.dtype.element_ty)
+        tl.store(scaled_act_ptr + wide_row * F + column[None, :], rounded, mask=inside)
+    if WANT_PRE:
+        dact *= scale[:, None]
+        dpre = dact * slope
+        tl.store(dpre_ptr + pre_offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
+        if WANT_BIAS:
+            db1_ptrs = db1_ptr + tile_m.to(tl.int64) * P + column
+            tl.store(db1_ptrs, tl.sum(dpre, 0), mask=column < F)
+        if GATED:
+            dup = dact * gate
+            dup_ptrs = dpre_ptr + pre_offsets + F
+            tl.store(dup_ptrs, dup.to(dpre_ptr.dtype.element_ty), mask=inside)
+            if WANT_BIAS:
+                db1_ptrs = db1_ptr + tile_m.to(tl.int64) * P + F + column
+                tl.store(db1_ptrs, tl.sum(dup, 0), mask=column < F)
+    return share
+
+
+@triton.jit
 def _activation_gradient_bwd_kernel(
     dy_ptr,  # (T, H) gradient of the output, rows STRIDE_DY apart
     perm_ptr,  # (S,) int64: the slot t*K + k of every sorted row
@@ -74,7 +136,6 @@ def _activation_gradient_bwd_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Grid: (programs,); each walks over (row tile, column tile) pairs `programs` apart."""
-    P: tl.constexpr = 2 * F if GATED else F
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
     tiles_n: tl.constexpr = tl.cdiv(F, BLOCK_N)
@@ -88,40 +149,21 @@ def _activation_gradient_bwd_kernel(
             dy_ptr, slot // K * STRIDE_DY, w2_ptr + expert * (F * H), column % F, H, 1, H,
             BLOCK_K, PRECISION,
         )  # fmt: skip
-        inside = (row < end)[:, None] & (column < F)[None, :]
-        wide_row = row.to(tl.int64)[:, None]
-        pre_offsets = wide_row * P + column[None, :]
-        pre = tl.load(pre_ptr + pre_offsets, mask=inside, other=0.0).to(tl.float32)
-        # rows and columns outside hold another row's numbers, which may be infinite
-        dact = tl.where(inside, dact, 0.0)
-        scale = tl.load(weights_ptr + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
-        if GATED:
-            up = tl.load(pre_ptr + pre_offsets + F, mask=inside, other=0.0).to(tl.float32)
-            gate, slope = silu(pre)
-            act = gate * up
-            slope = slope * up
-        else:
-            act, slope = gelu_tanh(pre)
+        scale = tl.load(weights_ptr + slot, mask=row < end, other=0.0).to(tl.float32)
+        left, right = _halves(dact)
+        share = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        for half in tl.static_range(2):
+            quarters = _halves(left if half == 0 else right)
+            for quarter in tl.static_range(2):
+                first_column = tile_n * BLOCK_N + half * (BLOCK_N // 2) + quarter * (BLOCK_N // 4)
+                share += _through_activation(
+                    quarters[quarter], pre_ptr, dpre_ptr, db1_ptr, scaled_act_ptr, scale, tile_m,
+                    row, end, first_column + tl.arange(0, BLOCK_N // 4),
+                    F, GATED, WANT_PRE, WANT_BIAS, WANT_ACT,
+                )  # fmt: skip
         if WANT_SCALE:
             dscale_ptrs = dscale_ptr + tile_n.to(tl.int64) * num_rows + row
-            tl.store(dscale_ptrs, tl.sum(dact * act, 1), mask=row < end)
-        if WANT_ACT:
-            rounded = (act * scale).to(scaled_act_ptr.dtype.element_ty)
-            tl.store(scaled_act_ptr + wide_row * F + column[None, :], rounded, mask=inside)
-        if WANT_PRE:
-            dact *= scale
-            dpre = dact * slope
-            tl.store(dpre_ptr + pre_offsets, dpre.to(dpre_ptr.dtype.element_ty), mask=inside)
-            if WANT_BIAS:
-                db1_ptrs = db1_ptr + tile_m.to(tl.int64) * P + column
-                tl.store(db1_ptrs, tl.sum(dpre, 0), mask=column < F)
-            if GATED:
-                dup = dact * gate
-                dup_ptrs = dpre_ptr + pre_offsets + F
-                tl.store(dup_ptrs, dup.to(dpre_ptr.dtype.element_ty), mask=inside)
-                if WANT_BIAS:
-                    db1_ptrs = db1_ptr + tile_m.to(tl.int64) * P + F + column
-                    tl.store(db1_ptrs, tl.sum(dup, 0), mask=column < F)
+            tl.store(dscale_ptrs, share, mask=row < end)
 
 
 def activation_gradient(

@@ -1,7 +1,4 @@
-"""How the grouped products are cut into tiles: defaults that need no measurement, and candidates.
-
-Letters: S routed rows, E experts.
-"""
+"""How a grouped product is cut into tiles."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -60,39 +57,3 @@ class GemmPlan:
     activation_grad: GemmConfig
     input_grad: GemmConfig
     weight_grad: GemmConfig
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a configuration has to fit: an architecture and how much memory a block may share."""
-
-    name: str
-    """sm_80, sm_89, sm_90, sm_100, ... or gfx942, ..."""
-    shared_bytes: int
-
-    @property
-    def is_amd(self) -> bool:
-        """ROCm rather than CUDA."""
-        return self.name.startswith("gfx")
-
-
-TARGETS = {
-    target.name: target
-    for target in (
-        Target("sm_80", 166_912),
-        Target("sm_89", 101_376),
-        Target("sm_90", 232_448),
-        Target("sm_100", 232_448),
-        Target("gfx942", 65_536),
-    )
-}
-"""The architectures that the kernels are compiled for in the tests."""
-
-
-def current_target(device: torch.device) -> Target:
-    """The target of a CUDA or ROCm device."""
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return Target(properties.gcnArchName.split(":")[0], 65_536)
-    name = f"sm_{properties.major}{properties.minor}"
-    return Target(name, properties.shared_memory_per_block_optin)
