@@ -190,12 +190,11 @@ def activation_gradient(
     num_rows, pre_width = pre_SP.shape
     tiles_m = tile_bound(num_rows, num_experts, config.block_m)
     tiles_n = triton.cdiv(width, config.block_n)
-    wide = {"dtype": torch.float32, "device": pre_SP.device}
     result = ActivationGradient(
         torch.empty_like(pre_SP) if want_pre else None,
-        torch.empty(tiles_m, pre_width, **wide) if want_bias else None,
+        pre_SP.new_empty(tiles_m, pre_width, dtype=torch.float32) if want_bias else None,
         pre_SP.new_empty(num_rows, width) if want_act else None,
-        torch.empty(tiles_n, num_rows, **wide) if want_scale else None,
+        pre_SP.new_empty(tiles_n, num_rows, dtype=torch.float32) if want_scale else None,
     )
     launch(
         _activation_gradient_bwd_kernel,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from triton.runtime.driver import driver
 
 from emergence_kernels.gpu.gemm_config import GemmConfig, GemmPlan, Product
 
@@ -46,11 +47,11 @@ def target_of(device: torch.device) -> Target:
     """The target of a CUDA or ROCm device; sm_80's limits where there is none (the interpreter)."""
     if device.type != "cuda":
         return TARGETS["sm_80"]
+    shared = driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip:
-        return Target(properties.gcnArchName.split(":")[0], 65_536)
-    name = f"sm_{properties.major}{properties.minor}"
-    return Target(name, properties.shared_memory_per_block_optin)
+        return Target(properties.gcnArchName.split(":")[0], shared)
+    return Target(f"sm_{properties.major}{properties.minor}", shared)
 
 
 def rows_bucket(num_rows: int, num_experts: int) -> int:
