@@ -9,6 +9,7 @@ from torch import Tensor
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_gradient import activation_gradient
 from emergence_kernels.gpu.combine import combine
+from emergence_kernels.gpu.defaults import default_plan, rows_bucket, target_of
 from emergence_kernels.gpu.gemm_config import GemmPlan
 from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
 from emergence_kernels.gpu.row_product import row_product
@@ -20,6 +21,21 @@ from emergence_kernels.gpu.small_gradients import (
 from emergence_kernels.gpu.up_projection import up_projection
 from emergence_kernels.gpu.weight_gradient import weight_gradient
 from emergence_kernels.permutation import Permutation
+
+
+def plan_for(
+    x_TH: Tensor, w1_EHP: Tensor, permutation: Permutation, activation: Activation, plan: str
+) -> GemmPlan:
+    """The encoded plan, or for an empty one the defaults for this device, dtype and shape."""
+    if plan:
+        return GemmPlan.decode(plan)
+    return default_plan(
+        target_of(x_TH.device),
+        x_TH.dtype,
+        matmul_precision(x_TH),
+        rows_bucket(permutation.perm.numel(), len(w1_EHP)),
+        gated=activation == "swiglu",
+    )
 
 
 def forward(

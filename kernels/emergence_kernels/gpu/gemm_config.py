@@ -1,6 +1,9 @@
 """How a grouped product is cut into tiles."""
 
+import dataclasses
+import json
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -57,3 +60,22 @@ class GemmPlan:
     activation_grad: GemmConfig
     input_grad: GemmConfig
     weight_grad: GemmConfig
+
+    def encode(self) -> str:
+        """As JSON, the form in which an operator's schema can carry it."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @staticmethod
+    @cache
+    def decode(text: str) -> "GemmPlan":
+        """The plan that `encode` wrote.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        try:
+            return GemmPlan(
+                **{name: GemmConfig(**config) for name, config in json.loads(text).items()}
+            )
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan of the five products: {error}") from error

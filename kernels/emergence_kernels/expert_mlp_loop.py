@@ -1,0 +1,103 @@
+"""The expert MLP in plain PyTorch, one product per expert: for CPUs, fp64, and without Triton.
+
+Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+E experts, K experts per token, S = T*K rows sorted by expert.
+"""
+
+import torch
+from torch import Tensor
+
+from emergence_kernels.activations import Activation, activate, activate_backward
+from emergence_kernels.grouped_gemm import (
+    grouped_gemm,
+    grouped_gemm_dw,
+    grouped_gemm_dx,
+    grouped_sum,
+    rows_of_experts,
+)
+from emergence_kernels.permutation import Permutation
+
+
+def forward(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    w1_EHP: Tensor,
+    b1_EP: Tensor | None,
+    w2_EFH: Tensor,
+    b2_EH: Tensor | None,
+    permutation: Permutation,
+    activation: Activation,
+) -> tuple[Tensor, Tensor]:
+    """Output (T, H) and the pre-activations (S, P) that the backward pass needs."""
+    offsets = permutation.expert_offsets
+    pre_SP = grouped_gemm(x_TH[permutation.token_idx], w1_EHP, offsets, b1_EP)
+    out_SH = grouped_gemm(activate(pre_SP, activation), w2_EFH, offsets, b2_EH)
+    return _combine(out_SH, permutation.inv_perm, weights_TK.shape[1], weights_TK), pre_SP
+
+
+def _combine(rows_SH: Tensor, inv_perm_S: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
+    """Gather the K rows of every token and sum them in at least fp32: (T, H)."""
+    rows_TKH = rows_SH[inv_perm_S].view(-1, top_k, rows_SH.shape[1])
+    wide = torch.promote_types(rows_SH.dtype, torch.float32)
+    if weights_TK is not None:
+        weights_TK1 = weights_TK.to(wide).unsqueeze(-1)
+        # the gathered rows are a copy already: in place where the dtype allows
+        rows_TKH = rows_TKH.mul_(weights_TK1) if rows_SH.dtype == wide else rows_TKH * weights_TK1
+    if top_k > 1:
+        return rows_TKH.sum(dim=1, dtype=wide).to(rows_SH.dtype)
+    return rows_TKH[:, 0].to(rows_SH.dtype)
+
+
+def backward(
+    dy_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    w1_EHP: Tensor,
+    w2_EFH: Tensor,
+    b2_EH: Tensor | None,
+    pre_SP: Tensor,
+    permutation: Permutation,
+    activation: Activation,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, the routing weights, w1, b1, w2 and b2, where `wanted` says so."""
+    offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
+    want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
+    want_up = want_x or want_w1 or want_b1
+    wide = torch.promote_types(pre_SP.dtype, torch.float32)
+    dx = dweights = dw1 = db1 = dw2 = db2 = None
+
+    scale_S1 = weights_TK.reshape(-1)[permutation.perm].unsqueeze(1)
+    act_SF = activate(pre_SP, activation)
+    dy_SH = dy_TH[token_idx_S]
+    if want_weights or want_up:
+        dact_SF = grouped_gemm_dx(dy_SH, w2_EFH, offsets)
+    if want_weights:
+        dscale_S = (dact_SF * act_SF).sum(dim=1, dtype=wide)
+        if b2_EH is not None:
+            bias_SH = rows_of_experts(b2_EH, offsets, len(dy_SH))
+            dscale_S = dscale_S + (dy_SH * bias_SH).sum(dim=1, dtype=wide)
+        dweights = dscale_S[permutation.inv_perm].view_as(weights_TK).to(weights_TK.dtype)
+    if want_w2 or want_b2:
+        # the scale belongs to either factor of dw2; on dy it serves db2 as well
+        scaled_dy_SH = _scaled(dy_SH, scale_S1)
+        dw2 = grouped_gemm_dw(act_SF, scaled_dy_SH, offsets) if want_w2 else None
+        db2 = grouped_sum(scaled_dy_SH, offsets) if want_b2 else None
+        del scaled_dy_SH
+    del act_SF, dy_SH
+    if want_up:
+        dpre_SP = activate_backward(_scaled(dact_SF, scale_S1), pre_SP, activation)
+        del dact_SF
+        dw1 = grouped_gemm_dw(x_TH[token_idx_S], dpre_SP, offsets) if want_w1 else None
+        db1 = grouped_sum(dpre_SP, offsets) if want_b1 else None
+        if want_x:
+            dx_SH = grouped_gemm_dx(dpre_SP, w1_EHP, offsets)
+            dx = _combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None)
+    return dx, dweights, dw1, db1, dw2, db2
+
+
+def _scaled(rows: Tensor, scale_S1: Tensor) -> Tensor:
+    """Rows times their scale in at least fp32, rounded once; in place where nothing is rounded."""
+    if rows.dtype == torch.promote_types(rows.dtype, scale_S1.dtype):
+        return rows.mul_(scale_S1)
+    return (rows * scale_S1).to(rows.dtype)
