@@ -281,6 +281,9 @@ class RunConfig:
     """Where to run; auto is cuda where there is one."""
     dispatch: DispatchName = "auto"
     """Path from tokens to experts and back; all of them compute the same."""
+    autotune: bool = False
+    """On a GPU, measure kernel configurations and paths for this run's shape first; --cache-dir
+    keeps them for later runs."""
     debug: bool = False
     """Show the traceback of an error."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -27,6 +27,7 @@ from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise, auxiliary_l
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import TopKRouter
+from moe_emergence.moe.tuning import TuningTable
 
 
 @dataclass
@@ -154,10 +155,10 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
             )
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
 
-    def set_dispatch(self, name: str) -> None:
+    def set_dispatch(self, name: str, table: TuningTable | None = None) -> None:
         """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
         for layer in self.moe_layers().values():
-            layer.dispatcher = get_dispatcher(name)
+            layer.dispatcher = get_dispatcher(name, table)
 
 
 class MoEGPT2Model(MoEGPT2PreTrainedModel):

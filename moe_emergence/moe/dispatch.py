@@ -14,6 +14,7 @@ from moe_emergence.moe.grouped import GroupedDispatcher
 from moe_emergence.moe.megablocks import MegaBlocksDispatcher
 from moe_emergence.moe.routing import RouterDecision
 from moe_emergence.moe.sequential import SequentialDispatcher
+from moe_emergence.moe.tuning import TuningTable
 
 DispatchName = Literal["auto", "sequential", "grouped", "fused", "megablocks"]
 
@@ -26,17 +27,44 @@ class Dispatcher(Protocol):
         ...
 
 
-_DISPATCHERS: dict[str, Callable[[], Dispatcher]] = {
-    "auto": FusedDispatcher,
-    "sequential": SequentialDispatcher,
-    "grouped": GroupedDispatcher,
+class AutoDispatcher:
+    """The fastest path: the one measured for the shape, where it was, and the fused one elsewhere.
+
+    On CPUs that is the fused path, which is no slower than the sequential one at any shape of the
+    benchmark grid (docs/performance.md).
+    """
+
+    def __init__(self, table: TuningTable | None = None) -> None:
+        self.table = table
+        self.paths: dict[str, Dispatcher] = {
+            "fused": FusedDispatcher(table),
+            "grouped": GroupedDispatcher(),
+            "sequential": SequentialDispatcher(),
+        }
+
+    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+        """Weighted sum (T, H) of every token's experts."""
+        top_k = decision.topk_experts.shape[1]
+        entry = None if self.table is None else self.table.find(x_TH, top_k, experts)
+        path = self.paths["fused" if entry is None else entry.dispatch]
+        return path(x_TH, decision, experts)
+
+
+_DISPATCHERS: dict[str, Callable[[TuningTable | None], Dispatcher]] = {
+    "auto": AutoDispatcher,
+    "sequential": lambda _: SequentialDispatcher(),
+    "grouped": lambda _: GroupedDispatcher(),
     "fused": FusedDispatcher,
-    "megablocks": MegaBlocksDispatcher,
+    "megablocks": lambda _: MegaBlocksDispatcher(),
 }
 
 
-def get_dispatcher(name: str) -> Dispatcher:
+def get_dispatcher(name: str, table: TuningTable | None = None) -> Dispatcher:
     """The dispatcher called `name`; "auto" is the fastest one that is correct everywhere.
+
+    Args:
+        name: one of `DispatchName`.
+        table: what was measured on this device; without it the defaults are used.
 
     Raises:
         ValueError: for an unknown name, or one whose package is not installed (saying what to
@@ -44,4 +72,4 @@ def get_dispatcher(name: str) -> Dispatcher:
     """
     if name not in _DISPATCHERS:
         raise ValueError(f"--dispatch {name}: choose from {', '.join(get_args(DispatchName))}")
-    return _DISPATCHERS[name]()
+    return _DISPATCHERS[name](table)

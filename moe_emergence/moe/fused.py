@@ -8,14 +8,21 @@ from torch import Tensor
 from emergence_kernels import expert_mlp, sort_by_expert
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import RouterDecision
+from moe_emergence.moe.tuning import TuningTable
 
 
 class FusedDispatcher:
-    """All experts in one operator with its own backward; any device, any float dtype."""
+    """All experts in one operator with its own backward; any device, any float dtype.
+
+    With a `table` the kernels run in the configurations that were measured for their shape.
+    """
+
+    def __init__(self, table: TuningTable | None = None) -> None:
+        self.table = table
 
     def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
         """Weighted sum (T, H) of every token's experts."""
-        permutation = sort_by_expert(decision.topk_experts, experts.num_experts)
+        top_k = decision.topk_experts.shape[1]
         return expert_mlp(
             x_TH,
             decision.topk_weights,
@@ -23,6 +30,7 @@ class FusedDispatcher:
             experts.b1,
             experts.w2,
             experts.b2,
-            permutation,
+            sort_by_expert(decision.topk_experts, experts.num_experts),
             experts.activation,
+            None if self.table is None else self.table.plan(x_TH, top_k, experts),
         )

@@ -33,6 +33,7 @@ from moe_emergence.training.environment import describe_environment, make_accele
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint
 from moe_emergence.training.tracking import check_tracker
 from moe_emergence.training.trainer import RunSummary, Trainer, tokens_per_step
+from moe_emergence.training.tuning import check_can_tune, measured
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     checkpoint = find_checkpoint(config.resume, run)
     _check_resumable(config, run, checkpoint)
     accelerator = make_accelerator(config)
+    check_can_tune(config, accelerator)
     data = _prepare(config, accelerator)
     check_same_data_as(run, checkpoint, data.manifest)
     begun: list[Stage] = []
@@ -199,7 +201,7 @@ def _run_stage(
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
     _start_folder(run, config, data, accelerator)
     if isinstance(model, MoEGPT2LMHeadModel):
-        model.set_dispatch(config.dispatch)
+        model.set_dispatch(config.dispatch, measured(config, model, accelerator))
     check_layers_exist(config.model.moe_layers, model.config.n_layer)
     trainer = Trainer(config, model, data, run, accelerator, checkpoint)
     summary = trainer.train()

@@ -19,6 +19,7 @@ _FREE = frozenset(
         "stop_after",
         "device",
         "dispatch",
+        "autotune",
         "debug",
         "optim.batch_size",
         "optim.grad_accum_steps",

@@ -54,12 +54,6 @@ def target_of(device: torch.device) -> Target:
     return Target(f"sm_{properties.major}{properties.minor}", shared)
 
 
-def rows_bucket(num_rows: int, num_experts: int) -> int:
-    """Mean rows per expert, rounded up to a power of two from 16 to 4,096: the key of tuning."""
-    mean = -(-num_rows // num_experts)
-    return min(max(1 << max(mean - 1, 0).bit_length(), 16), 4096)
-
-
 @cache
 def default_plan(
     target: Target, dtype: torch.dtype, precision: str, bucket: int, *, gated: bool

@@ -79,3 +79,9 @@ class GemmPlan:
             )
         except (TypeError, AttributeError) as error:
             raise ValueError(f"not a plan of the five products: {error}") from error
+
+
+def rows_bucket(num_rows: int, num_experts: int) -> int:
+    """Mean rows per expert, rounded up to a power of two from 16 to 4,096: the key of tuning."""
+    mean = -(-num_rows // num_experts)
+    return min(max(1 << max(mean - 1, 0).bit_length(), 16), 4096)

@@ -1,0 +1,159 @@
+"""Choosing configurations by measurement, for one shape of the expert MLP.
+
+A candidate is timed only after its results agreed with those of the default configuration, so a
+miscompiled one can never be chosen. Letters: T tokens, H model width, F expert width, E experts,
+K experts per token, S = T*K routed rows.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
+from triton.testing import do_bench
+
+from emergence_kernels.activations import Activation, pre_activation_width
+from emergence_kernels.gpu.activation_gradient import activation_gradient
+from emergence_kernels.gpu.defaults import candidates, default_plan, target_of
+from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product, rows_bucket
+from emergence_kernels.gpu.launch import matmul_precision
+from emergence_kernels.gpu.row_product import row_product
+from emergence_kernels.gpu.up_projection import up_projection
+from emergence_kernels.gpu.weight_gradient import weight_gradient
+from emergence_kernels.permutation import sort_by_expert
+
+_log = logging.getLogger(__name__)
+
+Run = Callable[[GemmConfig], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class MLPShape:
+    """The sizes that configurations are chosen for."""
+
+    tokens: int
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    activation: Activation
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured for one product."""
+
+    product: Product
+    config: GemmConfig
+    milliseconds: float
+    default_milliseconds: float
+
+
+def tune(
+    shape: MLPShape,
+    device: torch.device,
+    measure: Callable[[Callable[[], object]], float] = do_bench,
+) -> Iterator[Tuned]:
+    """The fastest configuration of every product, one after another, on random balanced routing.
+
+    Args:
+        shape: sizes and dtype.
+        device: where to measure.
+        measure: milliseconds that a call takes.
+    """
+    target = target_of(device)
+    bucket = rows_bucket(shape.tokens * shape.top_k, shape.experts)
+    runs, precision = _runs(shape, device)
+    gated = shape.activation == "swiglu"
+    default = default_plan(target, shape.dtype, precision, bucket, gated=gated)
+    for product in PRODUCTS:
+        run: Run = runs[product]
+        start: GemmConfig = getattr(default, product)
+        expected = run(start)
+        best = Tuned(product, start, *[_time(run, start, measure)] * 2)
+        for config in candidates(product, target, shape.dtype, bucket):
+            if not _agrees(product, config, run, expected):
+                continue
+            milliseconds = _time(run, config, measure)
+            if milliseconds < best.milliseconds:
+                best = dataclasses.replace(best, config=config, milliseconds=milliseconds)
+        yield best
+
+
+def plan_of(tuned: list[Tuned]) -> GemmPlan:
+    """The plan of five tuned products."""
+    return GemmPlan(**{t.product: t.config for t in tuned})
+
+
+def _time(run: Run, config: GemmConfig, measure: Callable[[Callable[[], object]], float]) -> float:
+    return measure(lambda: run(config))
+
+
+def _agrees(product: Product, config: GemmConfig, run: Run, expected: tuple[Tensor, ...]) -> bool:
+    """Whether a configuration compiles, fits, and computes what the default one does.
+
+    Both accumulate in fp32 and round once, so that two results differ by an ulp where they round
+    differently and by the sums' own error, bounded here by 64 fp32 ulps of the largest value.
+    """
+    try:
+        found = run(config)
+    except (CompilationError, OutOfResources, PTXASError) as error:
+        _log.info("%s does not take %s: %s", product, config, str(error).splitlines()[0])
+        return False
+    for ours, theirs in zip(found, expected, strict=True):
+        largest = float(theirs.abs().max()) if theirs.numel() else 0.0
+        bound = largest * (2 * torch.finfo(ours.dtype).eps + 64 * torch.finfo(torch.float32).eps)
+        if not float((ours.float() - theirs.float()).abs().max()) <= bound:
+            _log.warning("%s computes something else with %s; not used", product, config)
+            return False
+    return True
+
+
+def _runs(shape: MLPShape, device: torch.device) -> tuple[dict[Product, Run], str]:
+    """What to run for each product, on random numbers, and the precision it runs in."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=generator, device=device).to(shape.dtype)
+
+    tokens, hidden, width, experts = shape.tokens, shape.hidden, shape.width, shape.experts
+    pre_width = pre_activation_width(shape.activation, width)
+    scores_TE = torch.rand(tokens, experts, generator=generator, device=device)
+    permutation = sort_by_expert(scores_TE.topk(shape.top_k, dim=1).indices, experts)
+    offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
+    rows = tokens * shape.top_k
+    x_TH, dy_TH, act_SF, pre_SP = (
+        randn(n, m)
+        for n, m in ((tokens, hidden), (tokens, hidden), (rows, width), (rows, pre_width))
+    )
+    w1_EHP = randn(experts, hidden, pre_width) / hidden**0.5
+    w2_EFH = randn(experts, width, hidden) / width**0.5
+    b1_EP, b2_EH = randn(experts, pre_width), randn(experts, hidden)
+    weights_TK = torch.full((tokens, shape.top_k), 1 / shape.top_k, device=device)
+    precision = matmul_precision(x_TH)
+    act = shape.activation
+
+    def activation_grad(config: GemmConfig) -> tuple[Tensor, ...]:
+        through = activation_gradient(
+            dy_TH, weights_TK, w2_EFH, pre_SP, permutation, act, config, precision,
+            want_pre=True, want_bias=True, want_act=True, want_scale=True,
+        )  # fmt: skip
+        # the other two are per tile, and tiles differ between configurations
+        return tuple(t for t in (through.dpre_SP, through.scaled_act_SF) if t is not None)
+
+    return {
+        "up": lambda c: up_projection(x_TH, w1_EHP, b1_EP, permutation, act, c, precision),
+        "down": lambda c: (row_product(act_SF, w2_EFH, b2_EH, offsets, c, precision),),
+        "activation_grad": activation_grad,
+        "input_grad": lambda c: (
+            row_product(pre_SP, w1_EHP, None, offsets, c, precision, transposed=True),
+        ),
+        "weight_grad": lambda c: (
+            weight_gradient(x_TH, pre_SP, offsets, c, precision, a_rows_S=token_idx_S),
+        ),
+    }, precision

@@ -1,0 +1,113 @@
+"""What was measured on this machine: kernel configurations and the fastest path, by shape.
+
+Letters: T tokens, H model width, F expert width, E experts, K experts per token.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
+from moe_emergence.moe.experts import Experts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TuningKey:
+    """What a measurement holds for: T enters as a bucket of rows per expert only."""
+
+    dtype: str
+    """Of the products; tf32 for fp32 with reduced precision."""
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    activation: str
+    rows_per_expert: int
+    """Bucket of the mean rows per expert, see `rows_bucket`."""
+
+    @staticmethod
+    def of(x_TH: Tensor, top_k: int, experts: Experts) -> "TuningKey":
+        """The key of a call on `x_TH` (T, H)."""
+        dtype = x_TH.dtype
+        if torch.is_autocast_enabled(x_TH.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x_TH.device.type)
+        name = str(dtype).removeprefix("torch.")
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            name = "tf32"
+        num_experts, width, hidden = experts.w2.shape
+        bucket = rows_bucket(x_TH.shape[0] * top_k, num_experts)
+        return TuningKey(name, hidden, width, num_experts, top_k, experts.activation, bucket)
+
+
+@dataclass(frozen=True)
+class TuningEntry:
+    """What was found for one key."""
+
+    dispatch: str
+    """The fastest path."""
+    plan: str
+    """`GemmPlan.encode` of the kernels' fastest configurations."""
+    milliseconds: dict[str, float]
+    """Forward and backward of every path that was measured."""
+
+
+@dataclass(frozen=True)
+class TuningTable:
+    """Measurements on one device, as `--cache-dir` keeps them."""
+
+    entries: dict[TuningKey, TuningEntry]
+
+    def find(self, x_TH: Tensor, top_k: int, experts: Experts) -> TuningEntry | None:
+        """The entry for a call on `x_TH`, if its shape was ever measured."""
+        if not self.entries:
+            return None
+        return self.entries.get(TuningKey.of(x_TH, top_k, experts))
+
+    def plan(self, x_TH: Tensor, top_k: int, experts: Experts) -> GemmPlan | None:
+        """The kernels' configurations for a call on `x_TH`; None for the defaults."""
+        entry = self.find(x_TH, top_k, experts)
+        return None if entry is None else GemmPlan.decode(entry.plan)
+
+
+def table_path(cache_dir: Path, device: torch.device) -> Path:
+    """The file of this device's table. Measurements hold for one Triton and torch only."""
+    from triton import __version__ as triton_version
+
+    name = torch.cuda.get_device_name(device).replace(" ", "-")
+    return cache_dir / "tuning" / f"{name}-torch{torch.__version__}-triton{triton_version}.json"
+
+
+def load_table(path: Path) -> TuningTable:
+    """The table in `path`; empty where there is none. An unreadable one is reported and ignored:
+    the defaults are right without it."""
+    if not path.exists():
+        return TuningTable({})
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        entries = {TuningKey(**row["key"]): TuningEntry(**row["entry"]) for row in rows}
+        for entry in entries.values():
+            GemmPlan.decode(entry.plan)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s: not a tuning table (%s); using the defaults", path, error)
+        return TuningTable({})
+    return TuningTable(entries)
+
+
+def save_table(table: TuningTable, path: Path) -> None:
+    """Write the table, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"key": dataclasses.asdict(key), "entry": dataclasses.asdict(entry)}
+        for key, entry in table.entries.items()
+    ]
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,43 @@
+"""Which measurements of this machine a run uses, and making them when it is asked to."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from emergence_kernels.expert_mlp import triton_is_installed
+from moe_emergence.config import RunConfig
+from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.moe.autotune import autotune
+from moe_emergence.moe.tuning import TuningTable, load_table, table_path
+
+_COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_can_tune(config: RunConfig, accelerator: Accelerator) -> None:
+    """Refuse `--autotune` where there is nothing to choose from."""
+    if config.autotune and accelerator.device.type != "cuda":
+        raise ValueError(
+            f"--autotune: there is nothing to measure on {accelerator.device.type}; leave it out, "
+            "or give --device cuda on a machine with a GPU"
+        )
+
+
+def measured(
+    config: RunConfig, model: MoEGPT2LMHeadModel, accelerator: Accelerator
+) -> TuningTable | None:
+    """What is known about this device; with `--autotune`, this run's shape is measured first."""
+    device = accelerator.device
+    tunable = device.type == "cuda" and config.dispatch in ("auto", "fused")
+    if not tunable or not triton_is_installed():
+        return None
+    cache_dir = Path(config.data.cache_dir)
+    layers = list(model.moe_layers().values())
+    if config.autotune and layers:
+        layer = layers[0].to(device)
+        tokens = config.optim.batch_size * config.data.block_size
+        dtype = _COMPUTE_DTYPES[accelerator.mixed_precision]
+        # one process of a machine measures, the others read what it wrote
+        with accelerator.local_main_process_first():
+            autotune(layer.experts, tokens, config.model.top_k, dtype, cache_dir)
+    return load_table(table_path(cache_dir, device))
