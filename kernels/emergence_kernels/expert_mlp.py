@@ -14,8 +14,6 @@ The two registered operators, `emergence::expert_mlp` and `emergence::expert_mlp
 the path by device and dtype and are opaque to `torch.compile`.
 """
 
-import importlib.util
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -24,16 +22,10 @@ from torch import Tensor
 from emergence_kernels import expert_mlp_loop
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.gemm_config import GemmPlan
-from emergence_kernels.operators import define, differentiate
+from emergence_kernels.operators import define, differentiate, triton_is_installed
 from emergence_kernels.permutation import Permutation
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@cache
-def triton_is_installed() -> bool:
-    """Whether the kernels can be imported at all."""
-    return importlib.util.find_spec("triton") is not None
 
 
 def _kernels_take(x_TH: Tensor) -> bool:

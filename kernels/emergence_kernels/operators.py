@@ -4,7 +4,9 @@
 nothing that imports the compiler before anything is compiled.
 """
 
+import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("emergence", "FRAGMENT")
+
+
+@cache
+def triton_is_installed() -> bool:
+    """Whether the kernels can be imported at all."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def define(

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from emergence_kernels.operators import define, triton_is_installed
+
 
 class Permutation(NamedTuple):
     """Where every routed row goes and comes back from. A flat slot is t*K + k."""
@@ -22,6 +24,33 @@ class Permutation(NamedTuple):
     """(E+1,) int32: rows of expert e are `expert_offsets[e]:expert_offsets[e+1]`; starts with 0."""
 
 
+def _sort(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    if topk_experts_TK.is_cuda and triton_is_installed():
+        from emergence_kernels.gpu.permutation import sort_by_expert as counting_sort
+
+        return counting_sort(topk_experts_TK.contiguous(), num_experts)
+    flat_S = topk_experts_TK.reshape(-1)
+    sorted_experts_S, perm_S = torch.sort(flat_S, stable=True)
+    inv_perm_S = torch.empty_like(perm_S)
+    inv_perm_S[perm_S] = torch.arange(perm_S.numel(), device=perm_S.device)
+    boundaries = torch.arange(num_experts + 1, device=flat_S.device)
+    expert_offsets = torch.searchsorted(sorted_experts_S, boundaries, out_int32=True)
+    token_idx_S = torch.div(perm_S, topk_experts_TK.shape[1], rounding_mode="floor")
+    return perm_S, inv_perm_S, token_idx_S, expert_offsets
+
+
+def _fake_sort(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, ...]:
+    new, rows = topk_experts_TK.new_empty, topk_experts_TK.numel()
+    return new(rows), new(rows), new(rows), new(num_experts + 1, dtype=torch.int32)
+
+
+_sort_by_expert = define(
+    "sort_by_expert(Tensor topk_experts, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
+    _sort,
+    _fake_sort,
+)
+
+
 def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
     """Stable sort of the T*K routed rows by expert, without host synchronisation.
 
@@ -31,11 +60,4 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
 
     Stability keeps the rows of one expert in token order, so two runs are bitwise equal.
     """
-    flat_S = topk_experts_TK.reshape(-1)
-    sorted_experts_S, perm_S = torch.sort(flat_S, stable=True)
-    inv_perm_S = torch.empty_like(perm_S)
-    inv_perm_S[perm_S] = torch.arange(perm_S.numel(), device=perm_S.device)
-    boundaries = torch.arange(num_experts + 1, device=flat_S.device)
-    expert_offsets = torch.searchsorted(sorted_experts_S, boundaries, out_int32=True)
-    token_idx_S = torch.div(perm_S, topk_experts_TK.shape[1], rounding_mode="floor")
-    return Permutation(perm_S, inv_perm_S, token_idx_S, expert_offsets)
+    return Permutation(*_sort_by_expert(topk_experts_TK, num_experts))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from emergence_kernels.expert_mlp import triton_is_installed
+from emergence_kernels.operators import triton_is_installed
 from moe_emergence.config import RunConfig
 from moe_emergence.models import MoEGPT2LMHeadModel
 from moe_emergence.moe.autotune import autotune
