@@ -6,12 +6,15 @@ Letters: T tokens, H model width, F expert width, E experts, K experts per token
 from emergence_kernels.expert_mlp import expert_mlp
 from emergence_kernels.grouped_gemm import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
 from emergence_kernels.permutation import Permutation, sort_by_expert
+from emergence_kernels.routing import Routing, route
 
 __all__ = [
     "Permutation",
+    "Routing",
     "expert_mlp",
     "grouped_gemm",
     "grouped_gemm_dw",
     "grouped_gemm_dx",
+    "route",
     "sort_by_expert",
 ]

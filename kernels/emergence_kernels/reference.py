@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emergence_kernels.activations import Activation, activate
 from emergence_kernels.permutation import Permutation
+from emergence_kernels.routing import Routing
 
 
 def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
@@ -30,6 +31,35 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:
         integers(inv_perm),
         integers([slot // top_k for slot in perm]),
         integers(offsets, torch.int32),
+    )
+
+
+def route(
+    logits_TE: Tensor,
+    top_k: int,
+    noise_TE: Tensor | None = None,
+    expert_bias_E: Tensor | None = None,
+) -> Routing:
+    """Twin of `routing.route`."""
+    probs_TE = logits_TE.softmax(dim=-1)
+    noisy_TE = probs_TE if noise_TE is None else (logits_TE + noise_TE).softmax(dim=-1)
+    scores_TE = noisy_TE.detach() if expert_bias_E is None else noisy_TE.detach() + expert_bias_E
+    experts_TK = scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    chosen_TK = noisy_TE.gather(-1, experts_TK)
+    if top_k == 1:
+        weights_TK = torch.ones_like(chosen_TK) + (chosen_TK - chosen_TK.detach())
+    else:
+        weights_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)
+    logsumexp_T = logits_TE.logsumexp(dim=-1)
+    return Routing(
+        probs_TE,
+        noisy_TE,
+        experts_TK,
+        weights_TK,
+        logsumexp_T,
+        torch.stack([(experts_TK == e).sum() for e in range(logits_TE.shape[1])]),
+        probs_TE.sum(dim=0),
+        logsumexp_T.square().sum(),
     )
 
 

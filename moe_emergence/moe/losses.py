@@ -71,9 +71,30 @@ def auxiliary_losses(
     if not decisions:
         raise ValueError("auxiliary_losses needs the decisions of at least one layer")
     fractions: Sequence[Tensor | None] = expert_fractions or [None] * len(decisions)
-    balance = [
-        load_balancing_loss(d.router_probs, d.topk_experts, mask_T, f)
-        for d, f in zip(decisions, fractions, strict=True)
+    losses = [
+        _losses_of(decision, mask_T, fraction)
+        for decision, fraction in zip(decisions, fractions, strict=True)
     ]
-    z = [router_z_loss(d.router_logits, mask_T) for d in decisions]
+    balance, z = zip(*losses, strict=True)
     return torch.stack(balance).mean(), torch.stack(z).mean()
+
+
+def _losses_of(
+    decision: RouterDecision, mask_T: Tensor | None, expert_fraction_E: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Balance and z loss of one layer; from the router's own sums where every token counts."""
+    sums = decision.sums
+    if mask_T is not None or sums is None:
+        return (
+            load_balancing_loss(
+                decision.router_probs, decision.topk_experts, mask_T, expert_fraction_E
+            ),
+            router_z_loss(decision.router_logits, mask_T),
+        )
+    num_tokens, top_k = decision.topk_experts.shape
+    tokens = max(num_tokens, 1)
+    if expert_fraction_E is None:
+        expert_fraction_E = sums.expert_counts_E / (tokens * top_k)
+    fraction_E = expert_fraction_E.to(sums.prob_sums_E)
+    balance = decision.num_experts / tokens * (fraction_E * sums.prob_sums_E).sum()
+    return balance, sums.z_sum / tokens

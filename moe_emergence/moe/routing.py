@@ -10,9 +10,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from emergence_kernels import route
 from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash_int, hash_tensor
 
 RouterKind = Literal["learned", "frozen", "hash"]
+
+
+@dataclass(frozen=True, eq=False)
+class RouterSums:
+    """Sums over all T tokens of a decision: all that the auxiliary losses need of it."""
+
+    expert_counts_E: Tensor
+    """(E,) int64: assignments."""
+    prob_sums_E: Tensor
+    """(E,) sums of the clean probabilities."""
+    z_sum: Tensor
+    """Scalar: sum of the squared logsumexps of the logits."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +42,8 @@ class RouterDecision:
     """(T, K) int64, best first, distinct within a token."""
     topk_weights: Tensor
     """(T, K): 1 for top-1 (straight-through), summing to 1 for K > 1."""
+    sums: RouterSums | None = None
+    """Where the router computed them on its way."""
 
     @property
     def num_experts(self) -> int:
@@ -37,6 +52,8 @@ class RouterDecision:
 
     def expert_counts(self, mask_T: Tensor | None = None) -> Tensor:
         """(E,) int64: assignments per expert, over the tokens where `mask_T` (T,) is true."""
+        if mask_T is None and self.sums is not None:
+            return self.sums.expert_counts_E
         chosen_TE = self.topk_experts.unsqueeze(-1) == torch.arange(
             self.num_experts, device=self.topk_experts.device
         )
@@ -95,29 +112,20 @@ class TopKRouter(nn.Module):
         with torch.autocast(x_TH.device.type, enabled=False):
             wide = torch.promote_types(x_TH.dtype, torch.float32)
             logits_TE = functional.linear(x_TH.to(wide), self.weight.to(wide))
-            probs_TE = logits_TE.softmax(dim=-1)
-            noisy_TE = probs_TE
+            deviates_TE = None
             if self.training and noise is not None and noise.std > 0:
                 deviates_TE = gaussian_noise(
                     noise, logits_TE.shape[0], logits_TE.shape[1], logits_TE.device
                 )
-                noisy_TE = (logits_TE + deviates_TE).softmax(dim=-1)
-            experts_TK = self._select(noisy_TE.detach())
-            chosen_TK = noisy_TE.gather(-1, experts_TK)
-            if self.top_k == 1:
-                # exactly 1.0 forward, the gradient of the chosen probability backward
-                weights_TK = torch.ones_like(chosen_TK) + (chosen_TK - chosen_TK.detach())
-            else:
-                weights_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)
-        return RouterDecision(logits_TE, probs_TE, noisy_TE, experts_TK, weights_TK)
-
-    def _select(self, scores_TE: Tensor) -> Tensor:
-        """(T, K) best experts, the lower index first among equals."""
-        if self.expert_bias is not None:
-            scores_TE = scores_TE + self.expert_bias
-        if self.top_k == 1:
-            return scores_TE.argmax(dim=-1, keepdim=True)
-        return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
+            routing = route(logits_TE, self.top_k, deviates_TE, self.expert_bias)
+        return RouterDecision(
+            logits_TE,
+            routing.probs_TE,
+            routing.noisy_probs_TE,
+            routing.experts_TK,
+            routing.weights_TK,
+            RouterSums(routing.expert_counts_E, routing.prob_sums_E, routing.z_sum),
+        )
 
     @torch.no_grad()
     def update_expert_bias(self, expert_counts_E: Tensor, rate: float) -> None:
