@@ -5,6 +5,7 @@ Letters: T tokens, H model width, F expert width, E experts, K experts per token
 
 import contextlib
 import copy
+import importlib.machinery
 import subprocess
 import sys
 import types
@@ -736,6 +737,37 @@ def test_megablocks_is_as_accurate_as_sequential(
     shape = (tokens, hidden, width, experts, top_k, kind)
     draws = [three_ways("megablocks", dtype, shape, activation, seed=s) for s in range(4)]
     assert_as_accurate(draws, dtype)
+
+
+class _Gmm(types.ModuleType):
+    """`grouped_gemm.ops`: a product per group, bf16 only, sizes on the host."""
+
+    def __init__(self) -> None:
+        super().__init__("grouped_gemm.ops")
+        self.calls = 0
+
+    def gmm(self, a, b, batch_sizes, trans_b=False):
+        self.calls += 1
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert batch_sizes.dtype == torch.int64
+        assert batch_sizes.device.type == "cpu"
+        assert int(batch_sizes.sum()) == len(a)
+        parts = a.split(batch_sizes.tolist())
+        return torch.cat([part @ w for part, w in zip(parts, b.unbind(), strict=True)])
+
+
+@pytest.mark.usefixtures("fake_megablocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_megablocks_uses_its_own_grouped_product_where_it_is_installed(dtype, monkeypatch) -> None:
+    package, ops = types.ModuleType("grouped_gemm"), _Gmm()
+    package.__spec__ = importlib.machinery.ModuleSpec("grouped_gemm", None)
+    package.ops = ops
+    monkeypatch.setitem(sys.modules, "grouped_gemm", package)
+    monkeypatch.setitem(sys.modules, "grouped_gemm.ops", ops)
+    shape = (96, 32, 64, 8, 2, "few")
+    draws = [three_ways("megablocks", dtype, shape, "gelu_tanh", seed=s) for s in range(4)]
+    assert_as_accurate(draws, dtype)
+    assert ops.calls == (8 if dtype == torch.bfloat16 else 0)
 
 
 @pytest.mark.parametrize("missing", ["megablocks", "megablocks.ops"])

@@ -5,6 +5,8 @@ Letters: T tokens, H model width, F expert width, P pre-activation width, E expe
 K experts per token, S = T*K rows sorted by expert.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,8 +34,21 @@ class GroupedDispatcher:
         return (out_TKH * decision.topk_weights.unsqueeze(-1)).sum(dim=1).to(out_SH.dtype)
 
 
+GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(S, I) sorted rows, (E, I, O) weights, (E+1,) int32 first row of every expert: (S, O)."""
+
+
+def torch_grouped_mm(rows_SI: Tensor, w_EIO: Tensor, expert_offsets: Tensor) -> Tensor:
+    """PyTorch's own grouped product."""
+    return functional.grouped_mm(rows_SI, w_EIO, offs=expert_offsets[1:])
+
+
 def grouped_experts(
-    rows_SH: Tensor, sorted_experts_S: Tensor, expert_offsets: Tensor, experts: Experts
+    rows_SH: Tensor,
+    sorted_experts_S: Tensor,
+    expert_offsets: Tensor,
+    experts: Experts,
+    product: GroupedProduct = torch_grouped_mm,
 ) -> Tensor:
     """Every row through its own expert: (S, H), in the autocast dtype under autocast.
 
@@ -50,14 +65,13 @@ def grouped_experts(
             f"--dispatch grouped: torch's grouped_mm does not take {dtype} with widths {widths}; "
             f"use --dispatch fused"
         )
-    offsets = expert_offsets[1:]
     # as a product, so that the biases' gradients are summed in fp32 and always in one order
     member_SE = functional.one_hot(sorted_experts_S, experts.num_experts).to(dtype)
-    pre_SP = functional.grouped_mm(rows_SH.to(dtype), experts.w1.to(dtype), offs=offsets)
+    pre_SP = product(rows_SH.to(dtype), experts.w1.to(dtype), expert_offsets)
     if experts.b1 is not None:
         pre_SP = pre_SP + member_SE @ experts.b1.to(dtype)
     act_SF = activate(pre_SP, experts.activation)
-    out_SH = functional.grouped_mm(act_SF, experts.w2.to(dtype), offs=offsets)
+    out_SH = product(act_SF, experts.w2.to(dtype), expert_offsets)
     if experts.b2 is not None:
         out_SH = out_SH + member_SE @ experts.b2.to(dtype)
     return out_SH

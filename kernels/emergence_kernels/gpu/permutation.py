@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emergence_kernels.gpu.launch import launch
 
-_ONE_HOT_ELEMENTS = 16_384
+_ONE_HOT_ELEMENTS = 8_192
 """Size of a block's one-hot matrix (slots, E) that stays in registers."""
 
 
