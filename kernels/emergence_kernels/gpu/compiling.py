@@ -4,6 +4,7 @@ Triton needs a driver only to ask for the target, so one that answers is enough.
 NVIDIA's `ptxas` and `cuobjdump`; for AMD the assembly itself says what it uses.
 """
 
+import dataclasses
 import importlib
 import re
 import subprocess
@@ -33,15 +34,19 @@ class Resources:
     """32-bit registers per thread."""
     spilled_bytes: int
     """Local memory per thread: values that found no register."""
-    shared_bytes: int
-    """Shared memory of a block."""
     instruction: str
     """wgmma, tcgen05, mma.sync or mfma: the matrix instruction; "none" for no matrix product."""
-    wide_copies: int
-    """Asynchronous copies of 16 bytes (`cp.async`, or `global_load_lds` on AMD)."""
-    narrow_copies: int
+    wide_copies: int = 0
+    """Loads of 16 bytes: asynchronous copies (`cp.async`), on AMD any load from global memory."""
+    narrow_copies: int = 0
     """Asynchronous copies of fewer bytes."""
-    seconds: float
+    bulk_copies: int = 0
+    """Loads of whole tiles by the tensor memory accelerator."""
+    shared_bytes: int = 0
+    """Shared memory of a block."""
+    tensor_columns: int = 0
+    """Columns of tensor memory, from sm_100 on."""
+    seconds: float = 0.0
     """Time to compile, near zero if Triton's cache had it."""
 
 
@@ -80,10 +85,16 @@ class CompileJob:
         arguments = [a.revive() if isinstance(a, _Descriptor) else a for a in self.arguments]
         compiled = kernel.warmup(*arguments, grid=(1,), **dict(self.options))
         seconds = time.perf_counter() - start
-        shared = compiled.metadata.shared
         if self.target.is_amd:
-            return _amd_resources(compiled.asm["amdgcn"], shared, seconds)
-        return _nvidia_resources(compiled.asm["cubin"], compiled.asm["ptx"], shared, seconds)
+            found = _amd_resources(compiled.asm["amdgcn"])
+        else:
+            found = _nvidia_resources(compiled.asm["cubin"], compiled.asm["ptx"])
+        return dataclasses.replace(
+            found,
+            shared_bytes=compiled.metadata.shared,
+            tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
+            seconds=seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +143,7 @@ def _gpu_target(target: Target) -> GPUTarget:
 _NVIDIA_INSTRUCTIONS = {"wgmma": "wgmma.mma", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 
 
-def _nvidia_resources(cubin: bytes, ptx: str, shared: int, seconds: float) -> Resources:
+def _nvidia_resources(cubin: bytes, ptx: str) -> Resources:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -144,25 +155,21 @@ def _nvidia_resources(cubin: bytes, ptx: str, shared: int, seconds: float) -> Re
     copies = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)", ptx)
     wide = sum(int(size, 0) == 16 for size in copies)
     return Resources(
-        used["REG"],
-        used["STACK"] + used["LOCAL"],
-        shared,
-        next(instructions, "none"),
-        wide,
-        len(copies) - wide,
-        seconds,
+        registers=used["REG"],
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        instruction=next(instructions, "none"),
+        wide_copies=wide,
+        narrow_copies=len(copies) - wide,
+        bulk_copies=ptx.count("cp.async.bulk.tensor"),
     )
 
 
-def _amd_resources(assembly: str, shared: int, seconds: float) -> Resources:
+def _amd_resources(assembly: str) -> Resources:
     used = {name: int(value) for name, value in re.findall(r"\.(\w+):\s+(\d+)\n", assembly)}
     spilled = 4 * (used["vgpr_spill_count"] + used["sgpr_spill_count"])
     return Resources(
-        used["vgpr_count"],
-        max(spilled, used["private_segment_fixed_size"]),
-        shared,
-        "mfma" if "v_mfma" in assembly else "none",
-        len(re.findall(r"(?:global|buffer)_load\w*dwordx4.*lds", assembly)),
-        0,
-        seconds,
+        registers=used["vgpr_count"],
+        spilled_bytes=max(spilled, used["private_segment_fixed_size"]),
+        instruction="mfma" if "v_mfma" in assembly else "none",
+        wide_copies=len(re.findall(r"(?:global|buffer)_load_dwordx4", assembly)),
     )

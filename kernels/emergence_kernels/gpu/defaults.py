@@ -97,7 +97,13 @@ _WIDE_EPILOGUE: tuple[Product, ...] = ("up", "activation_grad")
 
 
 def candidates(
-    product: Product, target: Target, dtype: torch.dtype, bucket: int
+    product: Product,
+    target: Target,
+    dtype: torch.dtype,
+    bucket: int,
+    *,
+    precision: str = "ieee",
+    gated: bool = True,
 ) -> list[GemmConfig]:
     """What tuning may choose for one product, the default apart; all fit the shared memory."""
     found = []
