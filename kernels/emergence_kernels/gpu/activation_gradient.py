@@ -131,7 +131,6 @@ def _activation_gradient_bwd_kernel(
     WANT_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -141,7 +140,7 @@ def _activation_gradient_bwd_kernel(
     """Grid: (programs,); each walks over (row tile, column tile) pairs `programs` apart."""
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
-    tiles_n: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    tiles_n: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
@@ -151,7 +150,7 @@ def _activation_gradient_bwd_kernel(
         if TMA:
             dact = multiply_described(
                 dy_ptr, slot // K * STRIDE_DY, first, w2_ptr, expert, tile_n * BLOCK_N, H, True,
-                True, BLOCK_N, BLOCK_K, PRECISION, SPECIALIZE,
+                True, BLOCK_N, BLOCK_K, PRECISION, False,
             )  # fmt: skip
         else:
             dact = multiply_rows(
@@ -229,7 +228,6 @@ def activation_gradient(
         WANT_SCALE=want_scale,
         PRECISION=precision,
         TMA=tma,
-        SPECIALIZE=tma and config.specialize,
         E_PAD=triton.next_power_of_2(num_experts),
         **config.options(),
     )

@@ -31,7 +31,8 @@ class GemmConfig:
     """Load weights, and rows that are not gathered, through tensor descriptors where the device
     has them (sm_90 on) and rows are 16-byte aligned. `weight_grad` ignores it."""
     specialize: bool = False
-    """With `tma`: some warps load while others multiply."""
+    """With `tma`, for `down` and `input_grad`, which gather nothing: on sm_100 some warps load
+    while others multiply."""
 
     def options(self) -> dict[str, int]:
         """Compile-time constants and launch options, by the names that the kernels use."""

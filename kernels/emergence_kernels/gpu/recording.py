@@ -126,9 +126,12 @@ def product_of(launch: Launch) -> Product | None:
 
 
 def candidate_launches(case: Case) -> list[Launch]:
-    """The products of `case` under every configuration that tuning may choose for them."""
+    """The products of `case` under every configuration that tuning may choose for them.
+
+    With a gated activation only those whose kernel knows about it.
+    """
     found = []
-    for product in PRODUCTS:
+    for product in ("up", "activation_grad") if case.gated else PRODUCTS:
         for config in candidates(
             product,
             case.target,

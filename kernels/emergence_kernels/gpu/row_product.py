@@ -51,7 +51,7 @@ def _row_product_fwd_kernel(
     STRIDE_N: tl.constexpr = I if TRANSPOSED else 1
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
-    tiles_n: tl.constexpr = tl.cdiv(O, BLOCK_N)
+    tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)

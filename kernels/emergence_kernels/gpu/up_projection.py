@@ -27,13 +27,13 @@ from emergence_kernels.permutation import Permutation
 def _product(
     x_ptr, row_offsets, w1, expert, first_column, half, H: tl.constexpr, F: tl.constexpr,
     P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr, SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """Gathered tokens times columns from `half` (0 for gate, F for up) on of one expert."""
     if TMA:
         return multiply_described(
             x_ptr, row_offsets, 0, w1, expert, half + first_column, H, True, False, BLOCK_N,
-            BLOCK_K, PRECISION, SPECIALIZE,
+            BLOCK_K, PRECISION, False,
         )  # fmt: skip
     else:
         column = half + (first_column + tl.arange(0, BLOCK_N)) % F
@@ -58,7 +58,6 @@ def _up_projection_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -69,7 +68,7 @@ def _up_projection_fwd_kernel(
     P: tl.constexpr = 2 * F if GATED else F
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
-    tiles_n: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    tiles_n: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
@@ -78,7 +77,7 @@ def _up_projection_fwd_kernel(
         token = tl.load(token_idx_ptr + row, mask=row < end, other=0)
         pre = _product(
             x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, BLOCK_N, BLOCK_K,
-            PRECISION, TMA, SPECIALIZE,
+            PRECISION, TMA,
         )  # fmt: skip
         if HAS_BIAS:
             pre += tl.load(b1_ptr + expert * P + column % F)[None, :].to(tl.float32)
@@ -89,7 +88,7 @@ def _up_projection_fwd_kernel(
         if GATED:
             up = _product(
                 x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, BLOCK_N,
-                BLOCK_K, PRECISION, TMA, SPECIALIZE,
+                BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
             if HAS_BIAS:
                 up += tl.load(b1_ptr + expert * P + F + column % F)[None, :].to(tl.float32)
@@ -139,7 +138,6 @@ def up_projection(
         HAS_BIAS=b1_EP is not None,
         PRECISION=precision,
         TMA=tma,
-        SPECIALIZE=tma and config.specialize,
         E_PAD=triton.next_power_of_2(num_experts),
         **config.options(),
     )

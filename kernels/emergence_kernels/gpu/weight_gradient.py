@@ -40,8 +40,8 @@ def _weight_gradient_bwd_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Grid: (programs,); each walks over (expert, tile of the weight) pairs `programs` apart."""
-    tiles_m: tl.constexpr = tl.cdiv(I, BLOCK_M)
-    tiles_n: tl.constexpr = tl.cdiv(O, BLOCK_N)
+    tiles_m: tl.constexpr = (I + BLOCK_M - 1) // BLOCK_M
+    tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), E * tiles_m * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_m * tiles_n)
         tile_m, tile_n = grouped_order(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
