@@ -117,14 +117,13 @@ def candidates(
         precision: "ieee" or "tf32", which matters for fp32.
         gated: whether the activation multiplies two halves.
     """
-    found = []
-    for block_m, block_n in _tiles(product, bucket, scalar=_is_scalar(dtype, precision)):
-        for config in _variants(product, block_m, block_n, target, dtype, precision):
-            if _fits(config, target, dtype) and not _spills(
-                product, config, target, dtype, precision, gated=gated
-            ):
-                found.append(config)
-    return found
+    return [
+        config
+        for block_m, block_n in _tiles(product, bucket, scalar=_is_scalar(dtype, precision))
+        for config in _variants(product, block_m, block_n, target, dtype, precision, gated=gated)
+        if _fits(config, target, dtype)
+        and not _spills(product, config, target, precision, gated=gated)
+    ]
 
 
 def _is_scalar(dtype: torch.dtype, precision: str) -> bool:
@@ -152,15 +151,21 @@ def _variants(
     target: Target,
     dtype: torch.dtype,
     precision: str,
+    *,
+    gated: bool,
 ) -> list[GemmConfig]:
     """One tile with other pipelines, other orders, and other ways to load."""
-    warps = 4 if block_m * block_n <= 128 * 64 else 8
+    # the gated up projection keeps two accumulators
+    per_warp = 64 * 64 if product == "up" and gated else 128 * 64
+    warps = 4 if block_m * block_n <= per_warp else 8
     if _is_scalar(dtype, precision):
         base = GemmConfig(block_m, block_n, 16, 4, 2)
         return [base, dataclasses.replace(base, persistent=True)]
     base = GemmConfig(block_m, block_n, 64 if dtype.itemsize == 2 else 32, warps, 3)
     if target.is_amd:
         base = dataclasses.replace(base, block_k=32, stages=2)
+        return [base, dataclasses.replace(base, persistent=True)]
+    if precision == "tf32":
         return [base, dataclasses.replace(base, persistent=True)]
     deep = dataclasses.replace(base, stages=4)
     found = [base, deep, dataclasses.replace(deep, persistent=True)]
@@ -179,14 +184,17 @@ def _fits(config: GemmConfig, target: Target, dtype: torch.dtype) -> bool:
 
 
 def _spills(
-    product: Product,
-    config: GemmConfig,
-    target: Target,
-    dtype: torch.dtype,
-    precision: str,
-    *,
-    gated: bool,
+    product: Product, config: GemmConfig, target: Target, precision: str, *, gated: bool
 ) -> bool:
     """Whether the compiler is known to run out of registers."""
-    area = config.block_m * config.block_n
-    return product == "up" and gated and area > 128 * 64
+    tile = (config.block_m, config.block_n)
+    if (
+        product == "up"
+        and gated
+        and (tile == (128, 128) or config.block_k == 16 and tile == (64, 128))
+    ):
+        return True
+    if precision == "tf32":
+        known = {"weight_grad": (128, 256), "activation_grad": (32, 64)}
+        return tile == known.get(product)
+    return False

@@ -69,8 +69,8 @@ def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def _permutation() -> Permutation:
-    rows = [_empty(S, dtype=torch.int64) for _ in range(3)]
-    return Permutation(*rows, _empty(E + 1, dtype=torch.int32))
+    rows_S = _empty(S, dtype=torch.int64)
+    return Permutation(rows_S, rows_S, rows_S, _empty(E + 1, dtype=torch.int32))
 
 
 def _expert_mlp(case: Case, plan: GemmPlan) -> None:
@@ -125,13 +125,16 @@ def product_of(launch: Launch) -> Product | None:
     return kernels.get(launch.kernel.fn.__name__)
 
 
+_GATED_PRODUCTS: tuple[Product, ...] = ("up", "activation_grad")
+
+
 def candidate_launches(case: Case) -> list[Launch]:
     """The products of `case` under every configuration that tuning may choose for them.
 
     With a gated activation only those whose kernel knows about it.
     """
     found = []
-    for product in ("up", "activation_grad") if case.gated else PRODUCTS:
+    for product in _GATED_PRODUCTS if case.gated else PRODUCTS:
         for config in candidates(
             product,
             case.target,

@@ -14,7 +14,7 @@ BEGIN, END = "<!-- resource table: begin -->", "<!-- resource table: end -->"
 
 HEADER = (
     "kernel", "target", "dtype", "activation", "config", "registers", "spilled", "shared",
-    "instruction", "wide_copies", "narrow_copies", "seconds", "problem",
+    "instruction", "wide_copies", "narrow_copies", "tma_copies", "seconds", "problem",
 )  # fmt: skip
 
 
@@ -26,11 +26,11 @@ def csv_table(rows: Sequence["Row"], header: Sequence[str] = HEADER) -> str:
         writer.writerow(header)
     for row in rows:
         found = row.resources
-        numbers = ("",) * 7
+        numbers: tuple[object, ...] = ("",) * 8
         if found:
             numbers = (
                 found.registers, found.spilled_bytes, found.shared_bytes, found.instruction,
-                found.wide_copies, found.narrow_copies, f"{found.seconds:.1f}",
+                found.wide_copies, found.narrow_copies, found.bulk_copies, f"{found.seconds:.1f}",
             )  # fmt: skip
         writer.writerow(
             (row.kernel, row.target, row.dtype, row.activation, row.config, *numbers, row.problem)

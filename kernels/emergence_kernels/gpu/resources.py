@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import triton
 
+from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.compiling import CompileJob, Resources
 from emergence_kernels.gpu.defaults import TARGETS
 from emergence_kernels.gpu.launch import Launch
@@ -128,7 +129,7 @@ def _outcome(job: CompileJob) -> Resources | str:
     try:
         return job.run()
     except Exception as error:  # noqa: BLE001  whatever a compiler raises is a finding
-        return f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 
 
 def compile_all(
@@ -146,7 +147,10 @@ def compile_all(
 
 
 def selected_cases(
-    targets: Sequence[str], dtypes: Sequence[str], activations: Sequence, buckets: Sequence[int]
+    targets: Sequence[str],
+    dtypes: Sequence[str],
+    activations: Sequence[Activation],
+    buckets: Sequence[int],
 ) -> list[Case]:
     """Every combination that exists: AMD has no tf32."""
     return [
@@ -162,11 +166,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m emergence_kernels.gpu.resources", description=__doc__.splitlines()[0]
     )
-    several = {"nargs": "+", "metavar": "NAME"}
-    parser.add_argument("--target", choices=TARGETS, default=[*TARGETS], **several)
-    parser.add_argument("--dtype", choices=DTYPES, default=[*DTYPES], **several)
-    activations = ("gelu_tanh", "swiglu")
-    parser.add_argument("--activation", choices=activations, default=activations, **several)
+    for flag, choices in (
+        ("--target", [*TARGETS]),
+        ("--dtype", [*DTYPES]),
+        ("--activation", [*get_args(Activation)]),
+    ):
+        parser.add_argument(
+            flag, choices=choices, default=choices, nargs="+", metavar="NAME",
+            help=f"some of {', '.join(choices)}; all unless given",
+        )  # fmt: skip
     parser.add_argument(
         "--bucket", type=int, choices=BUCKETS, default=BUCKETS, nargs="+", metavar="ROWS",
         help="rows per expert",
