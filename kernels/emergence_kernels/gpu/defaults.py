@@ -88,7 +88,15 @@ def default_plan(
         narrow = dataclasses.replace(wide, block_n=64, warps=4)
     weight = GemmConfig(128, 128, block_k, warps=8, stages=stages + 1)
     up = dataclasses.replace(wide, block_n=64) if gated else wide
-    return GemmPlan(up, narrow, wide, narrow, weight)
+    plan = (up, narrow, wide, narrow, weight)
+    return GemmPlan(*(_shortened(config, target, dtype) for config in plan))
+
+
+def _shortened(config: GemmConfig, target: Target, dtype: torch.dtype) -> GemmConfig:
+    """`config` with a pipeline short enough for the shared memory."""
+    while config.stages > 1 and not _fits(config, target, dtype):
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
 
 
 _WIDE_EPILOGUE: tuple[Product, ...] = ("up", "activation_grad")
@@ -121,8 +129,7 @@ def candidates(
         config
         for block_m, block_n in _tiles(product, bucket, scalar=_is_scalar(dtype, precision))
         for config in _variants(product, block_m, block_n, target, dtype, precision, gated=gated)
-        if _fits(config, target, dtype)
-        and not _spills(product, config, target, precision, gated=gated)
+        if _fits(config, target, dtype) and not _spills(product, config, precision, gated=gated)
     ]
 
 
@@ -137,7 +144,7 @@ def _tiles(product: Product, bucket: int, *, scalar: bool) -> list[tuple[int, in
         return [(64, 64), (64, 128)] if scalar else [(64, 128), (128, 128), (128, 256)]
     rows = min(bucket, 64)
     if scalar:
-        return [(rows, 32), (rows, 64), (rows, 128)]
+        return [(rows, 32), (rows, 64)]
     if bucket <= 64:
         return [(rows, 64), (rows, 128), *([(64, 128)] if rows < 64 else [(64, 256)])]
     tiles = [(64, 128), (128, 64), (128, 128)]
@@ -183,18 +190,14 @@ def _fits(config: GemmConfig, target: Target, dtype: torch.dtype) -> bool:
     return stage * config.stages + 2048 <= target.shared_bytes
 
 
-def _spills(
-    product: Product, config: GemmConfig, target: Target, precision: str, *, gated: bool
-) -> bool:
-    """Whether the compiler is known to run out of registers."""
+_TF32_SPILLS: frozenset[tuple[Product, tuple[int, int]]] = frozenset(
+    {("weight_grad", (128, 256)), ("activation_grad", (32, 64))}
+)
+
+
+def _spills(product: Product, config: GemmConfig, precision: str, *, gated: bool) -> bool:
+    """Whether some target's compiler runs out of registers."""
     tile = (config.block_m, config.block_n)
-    if (
-        product == "up"
-        and gated
-        and (tile == (128, 128) or config.block_k == 16 and tile == (64, 128))
-    ):
-        return True
-    if precision == "tf32":
-        known = {"weight_grad": (128, 256), "activation_grad": (32, 64)}
-        return tile == known.get(product)
-    return False
+    if product == "up" and gated:
+        return config.block_m * config.block_n > 1024 * config.warps  # two accumulators
+    return precision == "tf32" and (product, tile) in _TF32_SPILLS
