@@ -21,16 +21,16 @@ def can_describe(config: GemmConfig, *tensors: Tensor) -> bool:
     have them: sm_90 or later, and 16-byte aligned rows."""
     if not config.tma:
         return False
-    if tensors[0].is_cuda and (torch.version.hip or torch.cuda.get_device_capability()[0] < 9):
+    device = tensors[0].device
+    has_hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    if torch.version.hip or not has_hopper:
         return False
-    return all(
-        tensor.data_ptr() % 16 == 0 and tensor.shape[-1] * tensor.itemsize % 16 == 0
-        for tensor in tensors
-    )
+    aligned = [t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in tensors]
+    return all(aligned) and all(tensor.numel() for tensor in tensors)
 
 
 def describe_weight(w: Tensor, config: GemmConfig, *, transposed: bool = False) -> TensorDescriptor:
-    """For `load_weight`: tiles of `w` (E, I, O), or (E, O, I) if `transposed`."""
+    """For `multiply_described`: tiles of `w` (E, I, O), or (E, O, I) if `transposed`."""
     tile = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
     return TensorDescriptor.from_tensor(w, [1, *tile])
 
