@@ -18,6 +18,7 @@ from torch import Tensor
 
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
+from emergence_kernels.gpu.descriptors import can_describe, describe_weight, multiply_described
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.tiles import (
@@ -111,7 +112,7 @@ def _activation_gradient_bwd_kernel(
     perm_ptr,  # (S,) int64: the slot t*K + k of every sorted row
     weights_ptr,  # (S,) routing weights by slot
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    w2_ptr,  # (E, F, H) contiguous
+    w2_ptr,  # (E, F, H) contiguous, its descriptor if TMA
     pre_ptr,  # (S, P) pre-activations
     dpre_ptr,  # (S, P) out, written if WANT_PRE
     db1_ptr,  # (M, P) fp32 out, written if WANT_BIAS
@@ -129,6 +130,7 @@ def _activation_gradient_bwd_kernel(
     WANT_ACT: tl.constexpr,
     WANT_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,17 +140,23 @@ def _activation_gradient_bwd_kernel(
     """Grid: (programs,); each walks over (row tile, column tile) pairs `programs` apart."""
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
-    tiles_n: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    tiles_n: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
         row = first + tl.arange(0, BLOCK_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         slot = tl.load(perm_ptr + row, mask=row < end, other=0)
-        dact = multiply_rows(
-            dy_ptr, slot // K * STRIDE_DY, w2_ptr + expert * (F * H), column % F, H, 1, H,
-            BLOCK_K, PRECISION,
-        )  # fmt: skip
+        if TMA:
+            dact = multiply_described(
+                dy_ptr, slot // K * STRIDE_DY, first, w2_ptr, expert, tile_n * BLOCK_N, H, True,
+                True, BLOCK_N, BLOCK_K, PRECISION, False,
+            )  # fmt: skip
+        else:
+            dact = multiply_rows(
+                dy_ptr, slot // K * STRIDE_DY, w2_ptr + expert * (F * H), column % F, H, 1, H,
+                BLOCK_K, PRECISION,
+            )  # fmt: skip
         scale = tl.load(weights_ptr + slot, mask=row < end, other=0.0).to(tl.float32)
         left, right = _halves(dact)
         share = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -196,6 +204,7 @@ def activation_gradient(
         pre_SP.new_empty(num_rows, width) if want_act else None,
         pre_SP.new_empty(tiles_n, num_rows, dtype=torch.float32) if want_scale else None,
     )
+    tma = can_describe(config, w2_EFH)
     launch(
         _activation_gradient_bwd_kernel,
         (config.programs(tiles_m * tiles_n, pre_SP.device),),
@@ -203,7 +212,7 @@ def activation_gradient(
         permutation.perm,
         weights_TK,
         permutation.expert_offsets,
-        w2_EFH,
+        describe_weight(w2_EFH, config, transposed=True) if tma else w2_EFH,
         pre_SP,
         *result,
         num_rows,
@@ -218,6 +227,7 @@ def activation_gradient(
         WANT_ACT=want_act,
         WANT_SCALE=want_scale,
         PRECISION=precision,
+        TMA=tma,
         E_PAD=triton.next_power_of_2(num_experts),
         **config.options(),
     )

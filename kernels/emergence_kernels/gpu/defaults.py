@@ -4,7 +4,6 @@ Letters: S routed rows, E experts.
 """
 
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from functools import cache
 
@@ -71,19 +70,27 @@ def default_plan(
     rows = min(bucket, 128)
     if dtype == torch.float32 and precision == "ieee":
         # no matrix unit: small tiles keep more multiprocessors busy
-        base = GemmConfig(min(rows, 64), 64, 16, warps=4, stages=2)
+        base = GemmConfig(min(rows, 64), 64, 16, warps=4, stages=2 if target.is_amd else 3)
         up = dataclasses.replace(base, block_n=32) if gated else base
-        return GemmPlan(up, base, base, base, dataclasses.replace(base, block_m=64, stages=3))
+        return GemmPlan(up, base, base, base, dataclasses.replace(base, block_m=64))
     block_k = 32 if dtype == torch.float32 or target.is_amd else 64
     stages = 2 if target.is_amd else 3
     wide = GemmConfig(rows, 128, block_k, warps=8 if rows > 64 else 4, stages=stages)
     narrow = wide
-    if bucket <= 256:
+    if bucket <= 256 and not (dtype == torch.float32 and rows == 64):  # which spills on sm_100
         # few row tiles and a narrow output: more programs instead of larger ones
         narrow = dataclasses.replace(wide, block_n=64, warps=4)
     weight = GemmConfig(128, 128, block_k, warps=8, stages=stages + 1)
     up = dataclasses.replace(wide, block_n=64) if gated else wide
-    return GemmPlan(up, narrow, wide, narrow, weight)
+    plan = (up, narrow, wide, narrow, weight)
+    return GemmPlan(*(_shortened(config, target, dtype) for config in plan))
+
+
+def _shortened(config: GemmConfig, target: Target, dtype: torch.dtype) -> GemmConfig:
+    """`config` with a pipeline short enough for the shared memory."""
+    while config.stages > 1 and not _fits(config, target, dtype):
+        config = dataclasses.replace(config, stages=config.stages - 1)
+    return config
 
 
 _WIDE_EPILOGUE: tuple[Product, ...] = ("up", "activation_grad")
@@ -91,19 +98,100 @@ _WIDE_EPILOGUE: tuple[Product, ...] = ("up", "activation_grad")
 
 
 def candidates(
-    product: Product, target: Target, dtype: torch.dtype, bucket: int
+    product: Product,
+    target: Target,
+    dtype: torch.dtype,
+    bucket: int,
+    *,
+    precision: str = "ieee",
+    gated: bool = True,
 ) -> list[GemmConfig]:
-    """What tuning may choose for one product, the default apart; all fit the shared memory."""
-    found = []
-    for block_m, block_n, block_k, stages, persistent in itertools.product(
-        (64, 128, 256), (64, 128, 256), (32, 64), (2, 3, 4, 5), (False, True)
-    ):
-        if product != "weight_grad" and block_m > max(bucket, 64):
-            continue
-        if block_m * block_n > (128 * 128 if product in _WIDE_EPILOGUE else 128 * 256):
-            continue
-        if (block_m + block_n) * block_k * dtype.itemsize * stages > target.shared_bytes:
-            continue
-        warps = 4 if block_m * block_n <= 128 * 64 else 8
-        found.append(GemmConfig(block_m, block_n, block_k, warps, stages, persistent=persistent))
+    """What tuning may choose for one product, the default apart.
+
+    All compile for `TARGETS` without spilling, as `python -m emergence_kernels.gpu.resources
+    --configs all` checks; what `_fits` and `_spills` leave out would not.
+
+    Args:
+        product: which of the five.
+        target: architecture and shared memory.
+        dtype: of the factors.
+        bucket: from `rows_bucket`.
+        precision: "ieee" or "tf32", which matters for fp32.
+        gated: whether the activation multiplies two halves.
+    """
+    return [
+        config
+        for block_m, block_n in _tiles(product, bucket, scalar=_is_scalar(dtype, precision))
+        for config in _variants(product, block_m, block_n, target, dtype, precision, gated=gated)
+        if _fits(config, target, dtype) and not _spills(product, config, precision, gated=gated)
+    ]
+
+
+def _is_scalar(dtype: torch.dtype, precision: str) -> bool:
+    """Whether products are computed without matrix units."""
+    return dtype == torch.float32 and precision == "ieee"
+
+
+def _tiles(product: Product, bucket: int, *, scalar: bool) -> list[tuple[int, int]]:
+    """(block_m, block_n) worth trying for experts of `bucket` rows."""
+    if product == "weight_grad":
+        return [(64, 64), (64, 128)] if scalar else [(64, 128), (128, 128), (128, 256)]
+    rows = min(bucket, 64)
+    if scalar:
+        return [(rows, 32), (rows, 64)]
+    if bucket <= 64:
+        return [(rows, 64), (rows, 128), *([(64, 128)] if rows < 64 else [(64, 256)])]
+    tiles = [(64, 128), (128, 64), (128, 128)]
+    return tiles if product in _WIDE_EPILOGUE else [*tiles, (128, 256)]
+
+
+def _variants(
+    product: Product,
+    block_m: int,
+    block_n: int,
+    target: Target,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    gated: bool,
+) -> list[GemmConfig]:
+    """One tile with other pipelines, other orders, and other ways to load."""
+    # the gated up projection keeps two accumulators
+    per_warp = 64 * 64 if product == "up" and gated else 128 * 64
+    warps = 4 if block_m * block_n <= per_warp else 8
+    if _is_scalar(dtype, precision):
+        base = GemmConfig(block_m, block_n, 16, 4, 2)
+        return [base, dataclasses.replace(base, persistent=True)]
+    base = GemmConfig(block_m, block_n, 64 if dtype.itemsize == 2 else 32, warps, 3)
+    if target.is_amd:
+        base = dataclasses.replace(base, block_k=32, stages=2)
+        return [base, dataclasses.replace(base, persistent=True)]
+    if precision == "tf32":
+        return [base, dataclasses.replace(base, persistent=True)]
+    deep = dataclasses.replace(base, stages=4)
+    found = [base, deep, dataclasses.replace(deep, persistent=True)]
+    if product != "weight_grad" and target.name in ("sm_90", "sm_100"):
+        described = dataclasses.replace(deep, tma=True)
+        found += [described, dataclasses.replace(described, persistent=True)]
+        if target.name == "sm_100" and product in ("down", "input_grad"):
+            found.append(dataclasses.replace(described, specialize=True))
     return found
+
+
+def _fits(config: GemmConfig, target: Target, dtype: torch.dtype) -> bool:
+    """Whether the pipeline's buffers, and a margin for barriers, are within the shared memory."""
+    stage = (config.block_m + config.block_n) * config.block_k * dtype.itemsize
+    return stage * config.stages + 2048 <= target.shared_bytes
+
+
+_TF32_SPILLS: frozenset[tuple[Product, tuple[int, int]]] = frozenset(
+    {("weight_grad", (128, 256)), ("activation_grad", (32, 64))}
+)
+
+
+def _spills(product: Product, config: GemmConfig, precision: str, *, gated: bool) -> bool:
+    """Whether some target's compiler runs out of registers."""
+    tile = (config.block_m, config.block_n)
+    if product == "up" and gated:
+        return config.block_m * config.block_n > 1024 * config.warps  # two accumulators
+    return precision == "tf32" and (product, tile) in _TF32_SPILLS

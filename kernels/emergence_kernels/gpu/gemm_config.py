@@ -30,6 +30,12 @@ class GemmConfig:
     """Row tiles that go through the weights together, for the L2 cache."""
     persistent: bool = False
     """One program per multiprocessor walks over the tiles, instead of one program per tile."""
+    tma: bool = False
+    """Load weights, and rows that are not gathered, through tensor descriptors where the device
+    has them (sm_90 on) and rows are 16-byte aligned. `weight_grad` ignores it."""
+    specialize: bool = False
+    """With `tma`, for `down` and `input_grad`, which gather nothing: on sm_100 some warps load
+    while others multiply."""
 
     def options(self) -> dict[str, int]:
         """Compile-time constants and launch options, by the names that the kernels use."""
@@ -41,6 +47,9 @@ class GemmConfig:
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+
+    def __post_init__(self) -> None:
+        assert self.tma or not self.specialize, "specialize needs tma"
 
     def programs(self, tiles: int, device: torch.device) -> int:
         """Programs to start for `tiles` tiles."""

@@ -8,6 +8,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emergence_kernels.gpu.descriptors import (
+    can_describe,
+    describe_rows,
+    describe_weight,
+    multiply_described,
+)
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.tiles import (
@@ -21,9 +27,9 @@ from emergence_kernels.gpu.tiles import (
 
 @triton.jit
 def _row_product_fwd_kernel(
-    x_ptr,  # (S, I) contiguous, rows sorted by expert
+    x_ptr,  # (S, I) contiguous, rows sorted by expert; its descriptor if TMA
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    w_ptr,  # (E, I, O) contiguous, or (E, O, I) if TRANSPOSED
+    w_ptr,  # (E, I, O) contiguous, or (E, O, I) if TRANSPOSED; its descriptor if TMA
     bias_ptr,  # (E, O) contiguous, read if HAS_BIAS
     y_ptr,  # (S, O) out
     E: tl.constexpr,
@@ -32,6 +38,8 @@ def _row_product_fwd_kernel(
     TRANSPOSED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -43,24 +51,23 @@ def _row_product_fwd_kernel(
     STRIDE_N: tl.constexpr = I if TRANSPOSED else 1
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
-    tiles_n: tl.constexpr = tl.cdiv(O, BLOCK_N)
+    tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
         row = first + tl.arange(0, BLOCK_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         wide_row = tl.where(row < end, row, 0).to(tl.int64)
-        y = multiply_rows(
-            x_ptr,
-            wide_row * I,
-            w_ptr + expert * (I * O),
-            column % O,
-            I,
-            STRIDE_K,
-            STRIDE_N,
-            BLOCK_K,
-            PRECISION,
-        )
+        if TMA:
+            y = multiply_described(
+                x_ptr, wide_row, first, w_ptr, expert, tile_n * BLOCK_N, I, False, TRANSPOSED,
+                BLOCK_N, BLOCK_K, PRECISION, SPECIALIZE,
+            )  # fmt: skip
+        else:
+            y = multiply_rows(
+                x_ptr, wide_row * I, w_ptr + expert * (I * O), column % O, I, STRIDE_K, STRIDE_N,
+                BLOCK_K, PRECISION,
+            )  # fmt: skip
         if HAS_BIAS:
             y += tl.load(bias_ptr + expert * O + column % O)[None, :].to(tl.float32)
         tl.store(
@@ -88,12 +95,13 @@ def row_product(
     outer = w.shape[1] if transposed else w.shape[2]
     y_SO = x_SI.new_empty(num_rows, outer)
     tiles = tile_bound(num_rows, len(w), config.block_m) * triton.cdiv(outer, config.block_n)
+    tma = can_describe(config, x_SI, w)
     launch(
         _row_product_fwd_kernel,
         (config.programs(tiles, x_SI.device),),
-        x_SI,
+        describe_rows(x_SI, config) if tma else x_SI,
         expert_offsets,
-        w,
+        describe_weight(w, config, transposed=transposed) if tma else w,
         bias_EO,
         y_SO,
         E=len(w),
@@ -102,6 +110,8 @@ def row_product(
         TRANSPOSED=transposed,
         HAS_BIAS=bias_EO is not None,
         PRECISION=precision,
+        TMA=tma,
+        SPECIALIZE=tma and config.specialize,
         E_PAD=triton.next_power_of_2(len(w)),
         **config.options(),
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
+from emergence_kernels.gpu.descriptors import can_describe, describe_weight, multiply_described
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.tiles import (
@@ -23,11 +24,29 @@ from emergence_kernels.permutation import Permutation
 
 
 @triton.jit
+def _product(
+    x_ptr, row_offsets, w1, expert, first_column, half, H: tl.constexpr, F: tl.constexpr,
+    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+):  # fmt: skip
+    """Gathered tokens times columns from `half` (0 for gate, F for up) on of one expert."""
+    if TMA:
+        return multiply_described(
+            x_ptr, row_offsets, 0, w1, expert, half + first_column, H, True, False, BLOCK_N,
+            BLOCK_K, PRECISION, False,
+        )  # fmt: skip
+    else:
+        column = half + (first_column + tl.arange(0, BLOCK_N)) % F
+        w_ptr = w1 + expert * (H * P)
+        return multiply_rows(x_ptr, row_offsets, w_ptr, column, H, P, 1, BLOCK_K, PRECISION)
+
+
+@triton.jit
 def _up_projection_fwd_kernel(
     x_ptr,  # (T, H) tokens, rows STRIDE_X apart
     token_idx_ptr,  # (S,) int64: the token of every sorted row
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    w1_ptr,  # (E, H, P) contiguous
+    w1_ptr,  # (E, H, P) contiguous, its descriptor if TMA
     b1_ptr,  # (E, P) contiguous, read if HAS_BIAS
     pre_ptr,  # (S, P) out: pre-activations
     act_ptr,  # (S, F) out: activations
@@ -38,6 +57,7 @@ def _up_projection_fwd_kernel(
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -48,15 +68,17 @@ def _up_projection_fwd_kernel(
     P: tl.constexpr = 2 * F if GATED else F
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
     tiles_m = tl.max(tiles_E, 0)
-    tiles_n: tl.constexpr = tl.cdiv(F, BLOCK_N)
+    tiles_n: tl.constexpr = (F + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
         row = first + tl.arange(0, BLOCK_M)
         column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(token_idx_ptr + row, mask=row < end, other=0)
-        w_ptr = w1_ptr + expert * (H * P)
-        pre = multiply_rows(x_ptr, token * STRIDE_X, w_ptr, column % F, H, P, 1, BLOCK_K, PRECISION)
+        pre = _product(
+            x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, BLOCK_N, BLOCK_K,
+            PRECISION, TMA,
+        )  # fmt: skip
         if HAS_BIAS:
             pre += tl.load(b1_ptr + expert * P + column % F)[None, :].to(tl.float32)
         inside = (row < end)[:, None] & (column < F)[None, :]
@@ -64,9 +86,10 @@ def _up_projection_fwd_kernel(
         pre_ptrs = pre_ptr + wide_row * P + column[None, :]
         tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=inside)
         if GATED:
-            up = multiply_rows(
-                x_ptr, token * STRIDE_X, w_ptr, F + column % F, H, P, 1, BLOCK_K, PRECISION
-            )
+            up = _product(
+                x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, BLOCK_N,
+                BLOCK_K, PRECISION, TMA,
+            )  # fmt: skip
             if HAS_BIAS:
                 up += tl.load(b1_ptr + expert * P + F + column % F)[None, :].to(tl.float32)
             tl.store(pre_ptrs + F, up.to(pre_ptr.dtype.element_ty), mask=inside)
@@ -96,13 +119,14 @@ def up_projection(
     pre_SP = x_TH.new_empty(num_rows, pre_width)
     act_SF = x_TH.new_empty(num_rows, width)
     tiles = tile_bound(num_rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
+    tma = can_describe(config, w1_EHP)
     launch(
         _up_projection_fwd_kernel,
         (config.programs(tiles, x_TH.device),),
         x_TH,
         permutation.token_idx,
         permutation.expert_offsets,
-        w1_EHP,
+        describe_weight(w1_EHP, config) if tma else w1_EHP,
         b1_EP,
         pre_SP,
         act_SF,
@@ -113,6 +137,7 @@ def up_projection(
         GATED=activation == "swiglu",
         HAS_BIAS=b1_EP is not None,
         PRECISION=precision,
+        TMA=tma,
         E_PAD=triton.next_power_of_2(num_experts),
         **config.options(),
     )

@@ -13,6 +13,12 @@ from emergence_kernels.gpu.tiles import grouped_order
 
 
 @triton.jit
+def _rows_of(rows_ptr, row, end, GATHER: tl.constexpr):
+    """Where sorted rows are found (BLOCK_K,) int64; what is behind `end` is not read."""
+    return tl.load(rows_ptr + row, mask=row < end, other=0) if GATHER else row.to(tl.int64)
+
+
+@triton.jit
 def _weight_gradient_bwd_kernel(
     a_ptr,  # rows of the left factor, (*, I), STRIDE_A apart
     a_rows_ptr,  # (S,) int64: the row of every sorted row, read if GATHER_A
@@ -34,8 +40,8 @@ def _weight_gradient_bwd_kernel(
     GROUP_M: tl.constexpr,
 ):
     """Grid: (programs,); each walks over (expert, tile of the weight) pairs `programs` apart."""
-    tiles_m: tl.constexpr = tl.cdiv(I, BLOCK_M)
-    tiles_n: tl.constexpr = tl.cdiv(O, BLOCK_N)
+    tiles_m: tl.constexpr = (I + BLOCK_M - 1) // BLOCK_M
+    tiles_n: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
     for tile in tl.range(tl.program_id(0), E * tiles_m * tiles_n, tl.num_programs(0)):
         expert = tile // (tiles_m * tiles_n)
         tile_m, tile_n = grouped_order(tile % (tiles_m * tiles_n), tiles_m, tiles_n, GROUP_M)
@@ -44,19 +50,21 @@ def _weight_gradient_bwd_kernel(
         i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for first in range(start, end, BLOCK_K):
-            row = first + tl.arange(0, BLOCK_K)
-            mine = row < end
-            a_row = tl.load(a_rows_ptr + row, mask=mine, other=0) if GATHER_A else row.to(tl.int64)
-            b_row = tl.load(b_rows_ptr + row, mask=mine, other=0) if GATHER_B else row.to(tl.int64)
+        row = start + tl.arange(0, BLOCK_K)
+        a_row = _rows_of(a_rows_ptr, row, end, GATHER_A)
+        b_row = _rows_of(b_rows_ptr, row, end, GATHER_B)
+        for _ in range(start, end, BLOCK_K):
             # both factors: the next expert's rows may hold infinities, and infinity times 0 is NaN
-            a = tl.load(
-                a_ptr + a_row[:, None] * STRIDE_A + (i % I)[None, :], mask=mine[:, None], other=0.0
-            )
-            b = tl.load(
-                b_ptr + b_row[:, None] * STRIDE_B + (o % O)[None, :], mask=mine[:, None], other=0.0
-            )
-            accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)
+            mine = row < end
+            a_ptrs = a_ptr + a_row[None, :] * STRIDE_A + (i % I)[:, None]
+            b_ptrs = b_ptr + b_row[:, None] * STRIDE_B + (o % O)[None, :]
+            a = tl.load(a_ptrs, mask=mine[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=mine[:, None], other=0.0)
+            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+            # one round ahead: a load whose address waits for another load is not pipelined
+            row += BLOCK_K
+            a_row = _rows_of(a_rows_ptr, row, end, GATHER_A)
+            b_row = _rows_of(b_rows_ptr, row, end, GATHER_B)
         tl.store(
             dw_ptr + expert.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :],
             accumulator.to(dw_ptr.dtype.element_ty),
