@@ -20,13 +20,22 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "kernels/emergence_kernels"
-KERNEL_TESTS = (
-    "tests/test_kernels_parts.py",
-    "tests/test_kernels_products.py",
-    "tests/test_kernels_gradients.py",
-    "tests/test_kernels_offsets.py",
-    "tests/test_kernels_expert_mlp.py",
+PARTS, PRODUCTS, GRADIENTS, OFFSETS, WHOLE = (
+    f"tests/test_kernels_{name}.py"
+    for name in ("parts", "products", "gradients", "offsets", "expert_mlp")
 )
+TESTS_OF_FILE = {
+    # those that are closest to the file come first
+    "gpu/tiles.py": (PARTS, PRODUCTS, GRADIENTS, WHOLE),
+    "gpu/activation_functions.py": (PARTS, WHOLE),
+    "gpu/up_projection.py": (PRODUCTS, WHOLE),
+    "gpu/row_product.py": (PRODUCTS, WHOLE),
+    "gpu/combine.py": (PRODUCTS, WHOLE),
+    "gpu/weight_gradient.py": (PRODUCTS, WHOLE),
+    "gpu/activation_gradient.py": (GRADIENTS, WHOLE),
+    "gpu/small_gradients.py": (GRADIENTS, WHOLE),
+    "gpu/expert_mlp.py": (WHOLE,),
+}
 LOOP_TESTS = ("tests/test_kernels_ops.py", "tests/test_moe_dispatch.py")
 TIME_LIMIT = 900
 
@@ -40,7 +49,12 @@ class Mutation:
     """Below `kernels/emergence_kernels`."""
     old: str
     new: str
-    tests: tuple[str, ...] = KERNEL_TESTS
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Test files that have to notice."""
+        tests = TESTS_OF_FILE.get(self.file, LOOP_TESTS)
+        return (OFFSETS, *tests) if "32-bit" in self.name else tests
 
     @property
     def path(self) -> str:
@@ -54,14 +68,6 @@ class Mutation:
         if found != 1:
             raise ValueError(f"{self.name}: its text occurs {found} times in {self.path}")
         path.write_text(source.replace(self.old, self.new), encoding="utf-8")
-
-
-def _loop(name: str, file: str, old: str, new: str) -> Mutation:
-    return Mutation(name, file, old, new, LOOP_TESTS)
-
-
-def _assembly(name: str, old: str, new: str) -> Mutation:
-    return Mutation(name, "gpu/expert_mlp.py", old, new, KERNEL_TESTS[-1:])
 
 
 TILES = [
@@ -429,109 +435,117 @@ ACTIVATIONS = [
     ),
 ]
 ASSEMBLY = [
-    _assembly(
+    Mutation(
         "forward without b2",
+        "gpu/expert_mlp.py",
         "act_SF, w2_EFH.contiguous(), b2_EH,",
         "act_SF, w2_EFH.contiguous(), None,",
     ),
-    _assembly(
+    Mutation(
         "db1 dropped",
+        "gpu/expert_mlp.py",
         "db1 = sum_of_tiles(",
         "db1 = 0 * sum_of_tiles(",
     ),
-    _assembly(
+    Mutation(
         "db2 dropped",
+        "gpu/expert_mlp.py",
         "db2 if want_b2 else None",
         "0 * db2 if want_b2 else None",
     ),
-    _assembly(
+    Mutation(
         "db1 summed with another product's tiles",
+        "gpu/expert_mlp.py",
         "plan.activation_grad.block_m",
         "plan.up.block_m",
     ),
-    _assembly(
+    Mutation(
         "w1's strides taken for contiguous",
+        "gpu/expert_mlp.py",
         "        w1_EHP.contiguous(),\n",
         "        w1_EHP,\n",
     ),
-    _assembly(
+    Mutation(
         "x's columns taken for contiguous",
+        "gpu/expert_mlp.py",
         "        with_contiguous_rows(x_TH),\n",
         "        x_TH,\n",
     ),
-    _assembly(
+    Mutation(
         "dy's columns taken for contiguous",
+        "gpu/expert_mlp.py",
         "with_contiguous_rows(x_TH), with_contiguous_rows(dy_TH)",
         "with_contiguous_rows(x_TH), dy_TH",
     ),
-    _assembly(
+    Mutation(
         "bias's part of the routing weight's gradient lost",
+        "gpu/expert_mlp.py",
         "through.dscale_NS, bias_dscale_S,",
         "through.dscale_NS, None,",
     ),
 ]
 LOOP = [
-    _loop(
+    Mutation(
         "loop: routing weight's gradient without the bias",
         "expert_mlp_loop.py",
         "dscale_S + (dy_SH * bias_SH).sum(dim=1, dtype=wide)",
         "dscale_S + 0 * (dy_SH * bias_SH).sum(dim=1, dtype=wide)",
     ),
-    _loop(
+    Mutation(
         "loop: routing weight missing in dW2",
         "expert_mlp_loop.py",
         "scaled_dy_SH = _scaled(dy_SH, scale_S1)",
         "scaled_dy_SH = dy_SH",
     ),
-    _loop(
+    Mutation(
         "loop: routing weight missing in the pre-activation's gradient",
         "expert_mlp_loop.py",
         "activate_backward(_scaled(dact_SF, scale_S1), pre_SP, activation)",
         "activate_backward(dact_SF, pre_SP, activation)",
     ),
-    _loop(
+    Mutation(
         "loop: sorted rows taken for tokens",
         "expert_mlp_loop.py",
         "dy_SH = dy_TH[token_idx_S]",
         "dy_SH = dy_TH[token_idx_S.sort().values]",
     ),
-    _loop(
+    Mutation(
         "loop: db1 of the next gradient's rows",
         "expert_mlp_loop.py",
         "db1 = grouped_sum(dpre_SP, offsets)",
         "db1 = grouped_sum(dpre_SP.roll(1, 0), offsets)",
     ),
-    _loop(
+    Mutation(
         "loop: combined in the input dtype",
         "expert_mlp_loop.py",
         "rows_TKH.sum(dim=1, dtype=wide).to(rows_SH.dtype)",
         "rows_TKH.to(rows_SH.dtype).sum(dim=1)",
     ),
-    _loop(
+    Mutation(
         "loop: last slot dropped",
         "expert_mlp_loop.py",
         "return rows_TKH.sum(dim=1,",
         "return rows_TKH[:, :-1].sum(dim=1,",
     ),
-    _loop(
+    Mutation(
         "loop: forward without b2",
         "expert_mlp_loop.py",
         "w2_EFH, offsets, b2_EH)",
         "w2_EFH, offsets, None)",
     ),
-    _loop(
+    Mutation(
         "loop: SwiGLU halves swapped in the gradient",
         "activations.py",
         "grad_gate_SF, grad_up_SF = grad_SP.chunk(2, dim=-1)",
         "grad_up_SF, grad_gate_SF = grad_SP.chunk(2, dim=-1)",
     ),
-    _loop(
+    Mutation(
         "loop: unwritten gradient of experts without rows",
         "grouped_gemm.py",
         "torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])",
         "a == b or torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])",
     ),
-    _loop("unstable sort", "permutation.py", "stable=True", "stable=False"),
+    Mutation("unstable sort", "permutation.py", "stable=True", "stable=False"),
 ]
 MUTATIONS = [
     *TILES,
@@ -568,7 +582,12 @@ def run_tests(mutation: Mutation | None, tests: tuple[str, ...]) -> str | None:
             done = subprocess.run(
                 [*command, "--hypothesis-seed=0", *tests],
                 cwd=root,
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": path,
+                    "OMP_NUM_THREADS": "1",
+                    "PYTHONUNBUFFERED": "1",
+                },
                 capture_output=True,
                 text=True,
                 timeout=TIME_LIMIT,
@@ -599,19 +618,20 @@ def main() -> int:
         parser.error(f"--only: no such mutant: {', '.join(sorted(unknown))}; see --list")
     chosen = [m for m in MUTATIONS if not arguments.only or m.name in arguments.only]
 
-    tests = tuple(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
-    failed = run_tests(None, tests)
-    if failed is not None:
-        print(f"the sources as they are fail {failed}", file=sys.stderr)
-        return 1
+    every_test = tuple(dict.fromkeys(test for mutation in chosen for test in mutation.tests))
     print("| mutant | file | caught by |\n|---|---|---|", flush=True)
     survivors = 0
     with ThreadPoolExecutor(arguments.jobs) as pool:
+        unmutated = pool.submit(run_tests, None, every_test)
         results = pool.map(lambda mutation: run_tests(mutation, mutation.tests), chosen)
         for mutation, caught in zip(chosen, results, strict=True):
             survivors += caught is None
             verdict = "**SURVIVED**" if caught is None else f"`{caught.removeprefix('tests/')}`"
             print(f"| {mutation.name} | `{mutation.file}` | {verdict} |", flush=True)
+    failed = unmutated.result()
+    if failed is not None:
+        print(f"the sources as they are fail {failed}", file=sys.stderr)
+        return 1
     print(f"\n{len(chosen) - survivors} of {len(chosen)} mutants caught.")
     return 1 if survivors else 0
 

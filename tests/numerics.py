@@ -10,6 +10,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from moe_emergence.moe import MoELayer, get_dispatcher
+
 FP64 = torch.float64
 # how far a low-precision path may be from fp64, as a multiple of the plain path's own error
 FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.5, torch.float16: 1.5}
@@ -143,3 +145,21 @@ def assert_as_accurate(
         assert rms[0] <= bound, f"{name}: rms {rms[0]:.3g} against {rms[1]:.3g}"
         bound = 2 * FACTOR[dtype] * max(worst[1], half_ulp)
         assert worst[0] <= bound, f"{name}: worst {worst[0]:.3g} against {worst[1]:.3g}"
+
+
+def saved_bytes(name: str, layer: MoELayer, x: Tensor) -> int:
+    """Bytes of the distinct storages kept for backward, without the parameters'."""
+    layer.dispatcher = get_dispatcher(name)
+    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y, _ = layer(x)
+    assert y.requires_grad
+    return sum(kept.values())

@@ -1,9 +1,9 @@
 """Elements beyond the 2**31st: offsets that 32 bits would wrap.
 
 The memory is allocated but hardly touched: rows far apart, or the last rows or the last expert of
-a large tensor, so that on a CPU it takes address space only. Two offsets need 2**31 elements that
-are really written and are left to `test_gpu_layer.py`: a weight's gradient (every expert is
-written), and the output of `combine` (every token is).
+a large tensor, so that on a CPU it takes address space only. Results that are written throughout
+take a GPU. Untested are the partial sums of `activation_gradient`, whose rows would need inputs of
+2**35 elements.
 
 Letters: see `kernel_cases`, and R the rows that nobody has before the first expert's.
 """
@@ -19,7 +19,7 @@ from kernel_cases import STRUCTURE
 
 from emergence_kernels.activations import activate, activate_backward
 from emergence_kernels.gpu.activation_gradient import activation_gradient
-from emergence_kernels.gpu.combine import _combine_fwd_kernel
+from emergence_kernels.gpu.combine import _combine_fwd_kernel, combine
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.row_product import row_product
@@ -238,3 +238,35 @@ class TestTheLastOfManyExperts:
         )  # fmt: skip
         dact = dy.to(FP64).flip(0) @ w2[-1].to(FP64).T
         check(found.dpre_SP, activate_backward(dact, pre.to(FP64), "gelu_tanh"))
+
+
+@pytest.mark.skipif(KERNEL_DEVICE == "cpu", reason="needs a GPU: 2**31 elements are written")
+class TestLargeResults:
+    def test_weight_gradient(self) -> None:
+        a, b = numbers(3, 1024), numbers(3, 1024, seed=1)
+        offsets = torch.zeros(2050, dtype=torch.int32, device=KERNEL_DEVICE)
+        offsets[-1] = 3
+        config = GemmConfig(128, 128, 32, warps=8, stages=2)
+        dw = weight_gradient(a, b, offsets, config, "ieee")
+        check(dw[-1], a.to(FP64).T @ b.to(FP64))
+        assert not dw[:-1].any()
+
+    def test_combine(self) -> None:
+        rows, before = late(16)
+        inv_perm = torch.arange(before + 2, device=KERNEL_DEVICE)
+        y = combine(rows, inv_perm, 1, None)
+        assert torch.equal(y[before:], rows[before:])
+
+    def test_output_bias_gradient(self) -> None:
+        """2,049 tiles of 64 rows that are all the same row of 2**20 columns."""
+        width, tokens = 2**20, 2049 * 64
+        dy = numbers(1, width).expand(tokens, width)
+        weights = torch.full((tokens, 1), 2.0**-8, device=KERNEL_DEVICE)
+        order = torch.arange(tokens, device=KERNEL_DEVICE)
+        offsets = whole(0, tokens - 64, tokens, dtype=torch.int32)
+        permutation = Permutation(order, order, order, offsets)
+        b2 = numbers(2, width, seed=1) / 1024
+        db2, dscale = output_bias_gradient(dy, weights, b2, permutation)
+        check(db2[0], dy[0].to(FP64) * 2048 / 4)
+        check(db2[1], dy[0].to(FP64) / 4)
+        assert torch.equal(dscale[-64:], dscale[-1].expand(64))

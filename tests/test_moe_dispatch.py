@@ -22,6 +22,7 @@ from numerics import (
     laid_out,
     poisoned_empty,
     randn,
+    saved_bytes,
     seeded,
 )
 from torch.utils.checkpoint import checkpoint
@@ -517,24 +518,6 @@ def test_recomputation_changes_no_gradient(name, top_k, autocast) -> None:
         results.append([y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-def saved_bytes(name: str, layer: MoELayer, x: torch.Tensor) -> int:
-    """Bytes of the distinct storages kept for backward, without the parameters'."""
-    layer.dispatcher = get_dispatcher(name)
-    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, _ = layer(x)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
