@@ -1,13 +1,12 @@
 """The operators against their plain-torch twins and against loops."""
 
-import contextlib
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numerics import FP64, poisoned_empty, randn
 
 import emergence_kernels
 from emergence_kernels import reference
@@ -15,7 +14,6 @@ from emergence_kernels.activations import activate, activate_backward, pre_activ
 from emergence_kernels.grouped_gemm import grouped_sum, rows_of_experts
 
 ACTIVATIONS = ("gelu_tanh", "swiglu")
-FP64 = torch.float64
 
 
 @pytest.fixture(autouse=True)
@@ -25,33 +23,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Memory that nobody wrote is NaN (or the smallest integer) instead of perhaps zero."""
-
-    def poison(make):
-        def poisoned(*args, **kwargs):
-            result = make(*args, **kwargs)
-            if result.is_floating_point():
-                return result.fill_(float("nan"))
-            return (
-                result.fill_(torch.iinfo(result.dtype).min) if not result.is_complex() else result
-            )
-
-        return poisoned
-
-    with (
-        mock.patch.object(torch, "empty", poison(torch.empty)),
-        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
-        mock.patch.object(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty)),
-    ):
-        yield
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = FP64) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def close(ours: torch.Tensor | None, theirs: torch.Tensor | None, tolerance: float = 1e-10) -> None:

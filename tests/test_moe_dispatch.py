@@ -3,19 +3,29 @@
 Letters: T tokens, H model width, F expert width, E experts, K experts per token.
 """
 
-import contextlib
 import copy
 import importlib.machinery
 import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numerics import (
+    FACTOR,
+    FP64,
+    assert_as_accurate,
+    assert_close,
+    choose,
+    laid_out,
+    poisoned_empty,
+    randn,
+    saved_bytes,
+    seeded,
+)
 from torch.utils.checkpoint import checkpoint
 
 from moe_emergence.moe import (
@@ -28,9 +38,6 @@ from moe_emergence.moe import (
 )
 
 ACTIVATIONS = ("gelu_tanh", "swiglu")
-FP64 = torch.float64
-# how far a low-precision path may be from fp64, as a multiple of the sequential path's own error
-FACTOR = {torch.float32: 2.0, torch.bfloat16: 1.5, torch.float16: 1.5}
 
 
 @pytest.fixture(autouse=True)
@@ -40,35 +47,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@contextlib.contextmanager
-def poisoned_empty() -> Iterator[None]:
-    """Memory that nobody wrote is NaN (or the smallest integer) instead of perhaps zero."""
-
-    def poison(make):
-        def poisoned(*args, **kwargs):
-            result = make(*args, **kwargs)
-            if result.is_floating_point():
-                return result.fill_(float("nan"))
-            return result.fill_(torch.iinfo(result.dtype).min)
-
-        return poisoned
-
-    with (
-        mock.patch.object(torch, "empty", poison(torch.empty)),
-        mock.patch.object(torch, "empty_like", poison(torch.empty_like)),
-        mock.patch.object(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty)),
-    ):
-        yield
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = FP64) -> torch.Tensor:
-    return torch.randn(*shape, generator=seeded(seed), dtype=FP64).to(dtype)
 
 
 def make_experts(
@@ -93,16 +71,6 @@ def make_decision(
     return RouterDecision(probs.log(), probs, probs, chosen_TK, weights.requires_grad_())
 
 
-def choose(tokens: int, experts: int, top_k: int, kind: str, seed: int) -> torch.Tensor:
-    """(T, K) distinct experts: anything, all tokens alike, or K+1 of the experts only."""
-    pool = min(top_k + 1, experts) if kind == "few" else experts
-    rows = 1 if kind == "same" else tokens
-    chosen = torch.rand(rows, pool, generator=seeded(seed)).argsort(dim=1)[:, :top_k]
-    if kind == "few":
-        chosen = experts - 1 - chosen  # the first experts are the empty ones
-    return chosen.expand(tokens, top_k)
-
-
 def run(
     name: str,
     x_TH: torch.Tensor,
@@ -118,45 +86,6 @@ def run(
     if y_TH.requires_grad:
         y_TH.backward(dy_TH.to(y_TH.dtype))
     return {"y": y_TH.detach(), **{k: v.grad for k, v in leaves.items()}}
-
-
-def assert_equal_results(ours, theirs, tolerance: float = 1e-10) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, expected in theirs.items():
-        found = ours[name]
-        assert (found is None) == (expected is None), name
-        if expected is None:
-            continue
-        assert found.shape == expected.shape, name
-        assert found.dtype == expected.dtype, name
-        assert found.isfinite().all(), name
-        if expected.numel():
-            assert (found - expected).abs().max() <= tolerance * expected.abs().max(), name
-
-
-def assert_as_accurate(draws, dtype: torch.dtype) -> None:
-    """Errors against fp64, over several draws of the numbers: at most FACTOR times the sequential
-    path's in the mean square, and twice that in the worst element (the ratio of two maxima
-    fluctuates: it reached 2.4 for paths whose mean squares agreed to 5%). No path is asked for
-    less than the error of a correctly rounded result, half an ulp."""
-    half_ulp = torch.finfo(dtype).eps / 2
-    for name in draws[0][2]:
-        squares, worst = [0.0, 0.0], [0.0, 0.0]
-        for ours, sequential, exact in draws:
-            reference = exact[name]
-            scale = max(float(reference.abs().max()), torch.finfo(FP64).tiny)
-            for path, found in enumerate((ours[name], sequential[name])):
-                assert found.dtype == sequential[name].dtype, name
-                assert found.isfinite().all(), name
-                error = (found.double() - reference) / scale
-                squares[path] += float(error.square().mean())
-                worst[path] = max(worst[path], float(error.abs().max()))
-        rms = [(square / len(draws)) ** 0.5 for square in squares]
-        # a rounding error is uniform: its mean square is a third of the largest
-        bound = FACTOR[dtype] * max(rms[1], half_ulp / 3**0.5)
-        assert rms[0] <= bound, f"{name}: rms {rms[0]:.3g} against {rms[1]:.3g}"
-        bound = 2 * FACTOR[dtype] * max(worst[1], half_ulp)
-        assert worst[0] <= bound, f"{name}: worst {worst[0]:.3g} against {worst[1]:.3g}"
 
 
 # the definition itself --------------------------------------------------------------------------
@@ -196,7 +125,7 @@ def test_sequential_is_a_loop_over_tokens(activation, top_k) -> None:
     y_TH = loop_over_tokens(x_TH, decision, experts)
     names = ["x", "weights", *dict(experts.named_parameters())]
     theirs = dict(zip(names, torch.autograd.grad(y_TH, leaves, dy_TH), strict=True))
-    assert_equal_results(ours, {"y": y_TH.detach(), **theirs})
+    assert_close(ours, {"y": y_TH.detach(), **theirs})
 
 
 def separated_layer(activation: str, top_k: int, dispatch: str) -> tuple[MoELayer, torch.Tensor]:
@@ -300,19 +229,6 @@ WANTED = {
 }
 
 
-def laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same numbers with other strides (expanded: one row for all)."""
-    if layout == "transposed":
-        return tensor.t().contiguous().t()
-    if layout == "strided":
-        wide = torch.full((tensor.shape[0], 2 * tensor.shape[1]), float("nan"), dtype=tensor.dtype)
-        wide[:, ::2] = tensor
-        return wide[:, ::2]
-    if layout == "expanded" and len(tensor):
-        return tensor[:1].expand_as(tensor)
-    return tensor
-
-
 @given(cases())
 @settings(max_examples=250, deadline=None)
 def test_fused_equals_sequential_in_output_and_every_gradient(case) -> None:
@@ -332,7 +248,7 @@ def test_fused_equals_sequential_in_output_and_every_gradient(case) -> None:
     expected = run("sequential", x_TH, decision, experts, dy_TH)
     with poisoned_empty():
         found = run("fused", x_TH, decision, experts, dy_TH)
-    assert_equal_results(found, expected)
+    assert_close(found, expected)
 
 
 class _Loss:
@@ -395,8 +311,8 @@ def test_the_layer_has_one_gradient_whatever_the_dispatcher(loss, activation, to
             assert result.pop("x").abs().max() < 1e-15
     else:
         assert results["sequential"]["router.weight"].abs().max() > 1e-4
-    assert_equal_results(results["fused"], results["sequential"])
-    assert_equal_results(results["auto"], results["sequential"])
+    assert_close(results["fused"], results["sequential"])
+    assert_close(results["auto"], results["sequential"])
 
 
 # low precision, relative to the sequential path -------------------------------------------------
@@ -603,24 +519,6 @@ def test_recomputation_changes_no_gradient(name, top_k, autocast) -> None:
         results.append([y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-def saved_bytes(name: str, layer: MoELayer, x: torch.Tensor) -> int:
-    """Bytes of the distinct storages kept for backward, without the parameters'."""
-    layer.dispatcher = get_dispatcher(name)
-    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, _ = layer(x)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

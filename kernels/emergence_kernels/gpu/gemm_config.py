@@ -86,7 +86,7 @@ class GemmPlan:
             return GemmPlan(
                 **{name: GemmConfig(**config) for name, config in json.loads(text).items()}
             )
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"not a plan of the five products: {error}") from error
 
 

@@ -1,0 +1,214 @@
+"""Inputs for the Triton kernels of the expert MLP, and the three ways to compute with them.
+
+Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+E experts, K experts per token, S = T*K rows sorted by expert.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from conftest import KERNEL_DEVICE
+from hypothesis import strategies as st
+from numerics import FP64, choose, laid_out, randn, seeded
+from torch import Tensor
+
+from emergence_kernels import expert_mlp_loop, reference
+from emergence_kernels.activations import Activation, pre_activation_width
+from emergence_kernels.gpu import expert_mlp as kernels
+from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan
+from emergence_kernels.permutation import Permutation
+
+ACTIVATIONS: tuple[Activation, ...] = ("gelu_tanh", "swiglu")
+SMALL = GemmConfig(16, 16, 16, warps=4, stages=2)
+SMALL_PLAN = GemmPlan(*[SMALL] * 5)
+MIXED_PLAN = GemmPlan(
+    up=GemmConfig(16, 32, 16, warps=4, stages=2, group_m=1),
+    down=GemmConfig(32, 16, 32, warps=4, stages=2, group_m=2, persistent=True),
+    activation_grad=GemmConfig(32, 16, 16, warps=4, stages=2, group_m=3, persistent=True),
+    input_grad=GemmConfig(16, 16, 32, warps=4, stages=2, group_m=8),
+    weight_grad=GemmConfig(16, 32, 16, warps=4, stages=2, group_m=2, persistent=True),
+)
+"""Another tile for every product, so that none can pass with its neighbour's."""
+INPUTS = ("x", "weights", "w1", "b1", "w2", "b2")
+# relative to the largest value of a result: an error of structure is of order one
+STRUCTURE = {torch.float32: 2e-5, torch.float16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A case of the expert MLP."""
+
+    tokens: int
+    hidden: int
+    width: int
+    experts: int
+    top_k: int
+    kind: str = "random"
+    """How tokens choose, see `numerics.choose`."""
+    activation: Activation = "gelu_tanh"
+    biases: tuple[bool, bool] = (True, True)
+
+    @property
+    def pre_width(self) -> int:
+        return pre_activation_width(self.activation, self.width)
+
+
+class Case(NamedTuple):
+    """Tensors of the expert MLP, each with NaN before and behind it."""
+
+    x: Tensor
+    weights: Tensor
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor
+    b2: Tensor | None
+    dy: Tensor
+    permutation: Permutation
+    activation: Activation
+
+
+def surrounded(tensor: Tensor, value: float = float("nan")) -> Tensor:
+    """The tensor on the kernels' device, contiguous, inside a larger memory full of `value`."""
+    around = 64 + tensor[:1].numel()
+    buffer = torch.full(
+        (tensor.numel() + 2 * around,), value, dtype=tensor.dtype, device=KERNEL_DEVICE
+    )
+    inner = buffer[around : around + tensor.numel()].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner
+
+
+def permutation_of(chosen_TK: Tensor, experts: int) -> Permutation:
+    """The routing, inside memory whose entries would lead to NaN or to rows that do not exist."""
+    *indices, offsets = reference.sort_by_expert(chosen_TK.cpu(), experts)
+    rows = chosen_TK.numel()
+    return Permutation(*(surrounded(i, -1) for i in indices), surrounded(offsets, rows + 17))
+
+
+def make_case(
+    shape: Shape,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    x_layout: str = "rows apart",
+    dy_layout: str = "rows apart",
+) -> Case:
+    """Numbers of order one, whose products are of order one too."""
+
+    def draw(number: int, *size: int, fan_in: int = 1) -> Tensor:
+        return (randn(*size, seed=10 * seed + number) / fan_in**0.5).to(dtype)
+
+    tokens, hidden, width, experts = shape.tokens, shape.hidden, shape.width, shape.experts
+    weights = 0.1 + torch.rand(tokens, shape.top_k, generator=seeded(10 * seed + 7))
+    chosen = choose(tokens, experts, shape.top_k, shape.kind, seed)
+    return Case(
+        laid_out(surrounded(draw(1, tokens, hidden)), x_layout),
+        surrounded(weights),
+        surrounded(draw(2, experts, hidden, shape.pre_width, fan_in=hidden)),
+        surrounded(draw(3, experts, shape.pre_width)) if shape.biases[0] else None,
+        surrounded(draw(4, experts, width, hidden, fan_in=width)),
+        surrounded(draw(5, experts, hidden)) if shape.biases[1] else None,
+        laid_out(surrounded(draw(6, tokens, hidden)), dy_layout),
+        permutation_of(chosen, experts),
+        shape.activation,
+    )
+
+
+Computed = dict[str, Tensor | None]
+EVERYTHING = (True,) * 6
+
+
+def by_kernels(
+    case: Case, plan: GemmPlan = SMALL_PLAN, wanted: tuple[bool, ...] = EVERYTHING
+) -> Computed:
+    """Output, pre-activations and gradients of the kernels."""
+    x, weights, w1, b1, w2, b2, dy, permutation, activation = case
+    y, pre = kernels.forward(x, weights, w1, b1, w2, b2, permutation, activation, plan)
+    gradients = kernels.backward(
+        dy, x, weights, w1, w2, b2, pre, permutation, activation, plan, _given(case, wanted)
+    )
+    return {"y": y, "pre": pre, **dict(zip(INPUTS, gradients, strict=True))}
+
+
+def by_loop(case: Case, wanted: tuple[bool, ...] = EVERYTHING) -> Computed:
+    """The same from the plain-torch path, in the same dtype."""
+    x, weights, w1, b1, w2, b2, dy, permutation, activation = case
+    y, pre = expert_mlp_loop.forward(x, weights, w1, b1, w2, b2, permutation, activation)
+    gradients = expert_mlp_loop.backward(
+        dy, x, weights, w1, w2, b2, pre, permutation, activation, _given(case, wanted)
+    )
+    return {"y": y, "pre": pre, **dict(zip(INPUTS, gradients, strict=True))}
+
+
+def _given(case: Case, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
+    """`wanted`, less the biases that there are not."""
+    return tuple(want and tensor is not None for want, tensor in zip(wanted, case[:6], strict=True))
+
+
+def exactly(case: Case) -> Computed:
+    """The same in fp64, from the twin and autograd."""
+    leaves = [None if t is None else t.to(FP64).requires_grad_() for t in case[:6]]
+    x, weights, w1, b1, w2, b2 = leaves
+    offsets = case.permutation.expert_offsets
+    pre = reference.grouped_gemm(x[case.permutation.token_idx], w1, offsets, b1)
+    y = reference.expert_mlp(x, weights, w1, b1, w2, b2, case.permutation, case.activation)
+    found = torch.autograd.grad(y, [t for t in leaves if t is not None], case.dy.to(FP64))
+    gradients = iter(found)
+    return {
+        "y": y.detach(),
+        "pre": pre.detach(),
+        **{n: None if t is None else next(gradients) for n, t in zip(INPUTS, leaves, strict=True)},
+    }
+
+
+def rounded(exact: Computed, case: Case) -> Computed:
+    """Exact results in the dtypes that a path has to return them in."""
+    return {
+        name: None if t is None else t.to(case.weights if name == "weights" else case.x)
+        for name, t in exact.items()
+    }
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> GemmConfig:
+    """Small tiles, so that a few rows and columns need several."""
+    sides = st.sampled_from([16, 16, 32])
+    return GemmConfig(
+        draw(sides),
+        draw(sides),
+        draw(sides),
+        warps=4,
+        stages=2,
+        group_m=draw(st.integers(1, 8)),
+        persistent=draw(st.booleans()),
+    )
+
+
+def plans() -> st.SearchStrategy[GemmPlan]:
+    return st.builds(GemmPlan, **{product: configs() for product in PRODUCTS})
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    experts = draw(st.integers(1, 5), label="E")
+    sides = st.sampled_from([1, 5, 8, 9, 16, 17, 24])
+    return Shape(
+        tokens=draw(st.integers(0, 19), label="T"),
+        hidden=draw(sides, label="H"),
+        width=draw(sides, label="F"),
+        experts=experts,
+        top_k=draw(st.integers(1, min(experts, 3)), label="K"),
+        kind=draw(st.sampled_from(["random", "same", "few"])),
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        biases=draw(st.tuples(st.booleans(), st.booleans())),
+    )
+
+
+def group_sizes(largest: int = 5) -> st.SearchStrategy[list[int]]:
+    """Rows of every expert: often none, else up to more than a tile."""
+    return st.lists(st.sampled_from([0, 0, 1, 3, 16, 17, 33]), min_size=1, max_size=largest)
+
+
+def offsets_of(sizes: list[int]) -> Tensor:
+    ends = torch.tensor([0, *sizes]).cumsum(0).to(torch.int32)
+    return surrounded(ends, int(ends[-1]) + 17)

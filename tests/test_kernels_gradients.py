@@ -1,0 +1,226 @@
+"""The launchers of the expert MLP's backward pass that are no plain products, against fp64.
+
+Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+E experts, K experts per token, S = T*K rows sorted by expert, M row tiles, N column tiles.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import FP64, assert_close, poisoned_empty, randn
+
+pytest.importorskip("triton")
+
+from kernel_cases import (
+    ACTIVATIONS,
+    MIXED_PLAN,
+    SMALL,
+    STRUCTURE,
+    Shape,
+    configs,
+    group_sizes,
+    make_case,
+    offsets_of,
+    shapes,
+    surrounded,
+)
+
+from emergence_kernels import grouped_gemm_dx
+from emergence_kernels.activations import activate, activate_backward
+from emergence_kernels.gpu.activation_gradient import activation_gradient
+from emergence_kernels.gpu.small_gradients import (
+    output_bias_gradient,
+    routing_weight_gradient,
+    sum_of_tiles,
+)
+from emergence_kernels.grouped_gemm import grouped_sum, rows_of_experts
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+
+
+def check(found, exact) -> None:
+    """One result against its fp64 value."""
+    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+
+
+def pre_activations(case, shape):
+    rows = shape.tokens * shape.top_k
+    return surrounded(randn(rows, shape.pre_width, seed=77, dtype=case.x.dtype))
+
+
+PARTS = ("pre", "bias", "act", "scale")
+RESULTS = ("dpre_SP", "db1_MP", "scaled_act_SF", "dscale_NS")
+
+
+def compute(case, pre, config, parts=PARTS):
+    """`activation_gradient`, with the parts by the name of their flag."""
+    with poisoned_empty(guarded=True):
+        found = activation_gradient(
+            case.dy,
+            case.weights,
+            case.w2,
+            pre,
+            case.permutation,
+            case.activation,
+            config,
+            "ieee",
+            **{f"want_{part}": part in parts for part in PARTS},
+        )
+    return {part: getattr(found, name) for part, name in zip(PARTS, RESULTS, strict=True)}
+
+
+class TestActivationGradient:
+    def run_and_check(self, shape, config, dtype=torch.float32) -> None:
+        case = make_case(shape, dtype)
+        pre, permutation = pre_activations(case, shape), case.permutation
+        found = compute(case, pre, config)
+        offsets = permutation.expert_offsets
+        dact = grouped_gemm_dx(case.dy.to(FP64)[permutation.token_idx], case.w2.to(FP64), offsets)
+        scale = case.weights.to(FP64).reshape(-1)[permutation.perm].unsqueeze(1)
+        act = activate(pre.to(FP64), case.activation)
+        dpre = activate_backward(dact * scale, pre.to(FP64), case.activation)
+        check(found["pre"], dpre)
+        check(found["act"], act * scale)
+        check(found["scale"].sum(0), (dact * act).sum(1))
+        db1 = sum_of_tiles(found["bias"], offsets, config.block_m, torch.float32)
+        check(db1, grouped_sum(dpre, offsets))
+
+    @given(shapes(), configs())
+    @settings(max_examples=8, deadline=None)
+    def test_any_shape(self, shape, config) -> None:
+        self.run_and_check(shape, config)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize(
+        "config",
+        [SMALL, MIXED_PLAN.activation_grad, MIXED_PLAN.up],
+        ids=["small", "persistent-groups-of-3", "wide-tiles-in-no-groups"],
+    )
+    def test_tails_of_rows_columns_and_the_reduction(self, config, activation) -> None:
+        self.run_and_check(Shape(11, 24, 40, 3, 2, activation=activation), config)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_fp16(self, activation) -> None:
+        self.run_and_check(Shape(5, 9, 24, 3, 2, activation=activation), SMALL, torch.float16)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize(
+        "parts",
+        [("pre",), ("act",), ("scale",), ("pre", "bias"), ("act", "scale"), ()],
+        ids=lambda parts: "-".join(parts) or "nothing",
+    )
+    def test_parts_are_the_same_alone_and_the_rest_is_none(self, parts, activation) -> None:
+        shape = Shape(5, 9, 5, 3, 2, activation=activation)
+        case = make_case(shape)
+        pre = pre_activations(case, shape)
+        everything, found = compute(case, pre, SMALL), compute(case, pre, SMALL, parts)
+        for part in PARTS:
+            assert (found[part] is not None) == (part in parts), part
+        # `bias` has unwritten rows where fewer tiles were needed than the bound
+        for part in set(parts) - {"bias"}:
+            assert torch.equal(found[part], everything[part]), part
+        if "bias" in parts:
+            offsets = case.permutation.expert_offsets
+            sums = [
+                sum_of_tiles(r["bias"], offsets, 16, torch.float32) for r in (found, everything)
+            ]
+            assert torch.equal(*sums)
+
+
+class TestOutputBiasGradient:
+    def run_and_check(self, shape, dy_layout="rows apart") -> None:
+        case = make_case(shape, dy_layout=dy_layout)
+        with poisoned_empty(guarded=True):
+            db2, dscale = output_bias_gradient(case.dy, case.weights, case.b2, case.permutation)
+        permutation = case.permutation
+        dy = case.dy.to(FP64)[permutation.token_idx]
+        scale = case.weights.to(FP64).reshape(-1)[permutation.perm].unsqueeze(1)
+        check(db2, grouped_sum(dy * scale, permutation.expert_offsets))
+        bias = rows_of_experts(case.b2.to(FP64), permutation.expert_offsets, len(dy))
+        check(dscale, (dy * bias).sum(1))
+
+    @given(shapes())
+    @settings(max_examples=10, deadline=None)
+    def test_any_shape(self, shape) -> None:
+        self.run_and_check(dataclasses.replace(shape, biases=(True, True)))
+
+    @pytest.mark.parametrize(
+        ("shape", "dy_layout"),
+        [
+            (Shape(70, 70, 1, 3, 1, "same"), "rows apart"),
+            (Shape(50, 9, 1, 3, 2, "few"), "contiguous"),
+            (Shape(9, 130, 1, 2, 1), "expanded"),
+        ],
+        ids=["two-tiles-of-one-expert", "an-empty-expert", "three-blocks-of-H"],
+    )
+    def test_several_tiles(self, shape, dy_layout) -> None:
+        self.run_and_check(shape, dy_layout)
+
+    def test_thousands_of_rows_are_summed_in_fp32(self) -> None:
+        """4,096 ones: fp16 alone stops at 2,048."""
+        case = make_case(Shape(4096, 3, 1, 2, 1, "same"), torch.float16)
+        ones = torch.ones_like(case.dy)
+        db2, _ = output_bias_gradient(
+            ones, torch.ones_like(case.weights), case.b2, case.permutation
+        )
+        assert db2.dtype == torch.float16
+        assert sorted(db2.tolist()) == [[0] * 3, [4096] * 3]
+
+
+class TestSumOfTiles:
+    @given(group_sizes(), st.sampled_from([1, 5, 130]), st.sampled_from([4, 16, 64]))
+    @settings(max_examples=15, deadline=None)
+    def test_tiles_of_any_groups(self, sizes, width, rows_per_tile) -> None:
+        """Tiles beyond the needed ones are unwritten memory."""
+        counts = [-(-size // rows_per_tile) for size in sizes]
+        values = randn(sum(counts) + 2, width, dtype=torch.float32)
+        values[sum(counts) :] = float("nan")
+        tiles = surrounded(values)
+        with poisoned_empty(guarded=True):
+            sums = sum_of_tiles(tiles, offsets_of(sizes), rows_per_tile, torch.float32)
+        parts = tiles[: sum(counts)].to(FP64).split(counts)
+        check(sums, torch.stack([part.sum(0) for part in parts]))
+        for e, count in enumerate(counts):
+            assert count or (sums[e] == 0).all()
+
+    def test_more_tiles_than_are_added_at_once(self) -> None:
+        tiles = surrounded(randn(40, 9, dtype=torch.float32))
+        sums = sum_of_tiles(tiles, offsets_of([37 * 16 - 1, 0, 3 * 16]), 16, torch.float32)
+        parts = tiles.to(FP64).split([37, 0, 3])
+        check(sums, torch.stack([part.sum(0) for part in parts]))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_sum_is_rounded_once(self, dtype) -> None:
+        tiles = torch.full((33, 2), 2.0**-12, device=KERNEL_DEVICE)
+        tiles[0] = 1
+        sums = sum_of_tiles(tiles, offsets_of([33 * 16]), 16, dtype)
+        assert sums.dtype == dtype
+        assert (sums == 1 + 2.0**-7).all()
+
+
+class TestRoutingWeightGradient:
+    @given(st.integers(0, 300), st.integers(1, 3), st.integers(1, 4), st.booleans())
+    @settings(max_examples=15, deadline=None)
+    def test_shares_of_tiles_and_of_the_bias_are_added(self, tokens, top_k, tiles, bias) -> None:
+        case = make_case(Shape(tokens, 1, 1, 3, top_k))
+        rows = tokens * top_k
+        shares = surrounded(randn(tiles, rows, dtype=torch.float32))
+        of_bias = surrounded(randn(rows, seed=1, dtype=torch.float32)) if bias else None
+        inv_perm = case.permutation.inv_perm
+        with poisoned_empty(guarded=True):
+            found = routing_weight_gradient(shares, of_bias, inv_perm, case.weights)
+        total = shares.to(FP64).sum(0) + (0 if of_bias is None else of_bias.to(FP64))
+        check(found, total[inv_perm].view(tokens, top_k))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    def test_the_dtype_is_that_of_the_weights(self, dtype) -> None:
+        case = make_case(Shape(4, 1, 1, 3, 2))
+        shares = surrounded(randn(1, 8, dtype=torch.float32))
+        weights = case.weights.to(dtype).t().contiguous().t()
+        found = routing_weight_gradient(shares, None, case.permutation.inv_perm, weights)
+        assert found.dtype == dtype
+        assert found.is_contiguous()

@@ -1,0 +1,272 @@
+"""Elements beyond the 2**31st: offsets that 32 bits would wrap.
+
+The memory is allocated but hardly touched: rows far apart, or the last rows or the last expert of
+a large tensor, so that on a CPU it takes address space only. Results that are written throughout
+take a GPU. Untested are the partial sums of `activation_gradient`, whose rows would need inputs of
+2**35 elements.
+
+Letters: see `kernel_cases`, and R the rows that nobody has before the first expert's.
+"""
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE
+from numerics import FP64, assert_close, randn
+
+pytest.importorskip("triton")
+
+from kernel_cases import STRUCTURE
+
+from emergence_kernels.activations import activate, activate_backward
+from emergence_kernels.gpu.activation_gradient import activation_gradient
+from emergence_kernels.gpu.combine import _combine_fwd_kernel, combine
+from emergence_kernels.gpu.gemm_config import GemmConfig
+from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.row_product import row_product
+from emergence_kernels.gpu.small_gradients import (
+    _routing_weight_bwd_kernel,
+    _sum_of_tiles_bwd_kernel,
+    output_bias_gradient,
+)
+from emergence_kernels.gpu.up_projection import up_projection
+from emergence_kernels.gpu.weight_gradient import weight_gradient
+from emergence_kernels.permutation import Permutation
+
+FP16 = torch.float16
+LIMIT = 2**31
+# persistent: a program per tile would be a program for each of the rows that nobody has
+CONFIG = GemmConfig(16, 16, 16, warps=4, stages=2, persistent=True)
+
+if KERNEL_DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+    pytest.skip("needs a GPU of 40 GiB", allow_module_level=True)
+
+
+def untouched(*shape: int, dtype: torch.dtype = FP16) -> torch.Tensor:
+    try:
+        return torch.empty(*shape, dtype=dtype, device=KERNEL_DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for {shape}: {error}")
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = FP16) -> torch.Tensor:
+    return randn(*shape, seed=seed, dtype=dtype).to(KERNEL_DEVICE)
+
+
+def whole(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor(values, dtype=dtype, device=KERNEL_DEVICE)
+
+
+def check(found: torch.Tensor, exact: torch.Tensor) -> None:
+    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+
+
+def far_rows(width: int, seed: int = 0) -> torch.Tensor:
+    """(3, width) whose last row begins at element 2**31 + 16."""
+    stride = LIMIT // 2 + 8
+    rows = untouched(2 * stride + width).as_strided((3, width), (stride, 1))
+    rows.copy_(numbers(3, width, seed=seed))
+    return rows
+
+
+def late(width: int, seed: int = 0) -> tuple[torch.Tensor, int]:
+    """(R+2, width) of which only the last two rows have numbers, and R with R*width >= 2**31."""
+    before = LIMIT // width
+    rows = untouched(before + 2, width)
+    rows[before:] = numbers(2, width, seed=seed)
+    return rows, before
+
+
+def late_permutation(before: int, tokens: int) -> Permutation:
+    """Top-1 routing of two tokens whose sorted rows are R and R+1; the others do not exist."""
+    slots = untouched(before + 2, dtype=torch.int64)
+    slots[before:] = whole(tokens - 1, 0)
+    return Permutation(slots, slots, slots, whole(before, before + 2, dtype=torch.int32))
+
+
+def routing_of_three() -> Permutation:
+    """Three tokens in reversed order, all of one expert."""
+    order = whole(2, 1, 0)
+    return Permutation(order, order, order, whole(0, 3, dtype=torch.int32))
+
+
+class TestRowsFarApart:
+    def test_up_projection(self) -> None:
+        x, w1 = far_rows(16), numbers(1, 16, 16, seed=1)
+        pre, _ = up_projection(x, w1, None, routing_of_three(), "gelu_tanh", CONFIG, "ieee")
+        check(pre, x.to(FP64).flip(0) @ w1[0].to(FP64))
+
+    def test_activation_gradient(self) -> None:
+        dy, w2, pre = far_rows(16), numbers(1, 16, 16, seed=1), numbers(3, 16, seed=2)
+        weights = torch.ones(3, 1, device=KERNEL_DEVICE)
+        found = activation_gradient(
+            dy, weights, w2, pre, routing_of_three(), "gelu_tanh", CONFIG, "ieee",
+            want_pre=True, want_bias=False, want_act=False, want_scale=False,
+        )  # fmt: skip
+        dact = dy.to(FP64).flip(0) @ w2[0].to(FP64).T
+        check(found.dpre_SP, activate_backward(dact, pre.to(FP64), "gelu_tanh"))
+
+    def test_output_bias_gradient(self) -> None:
+        dy, b2 = far_rows(16), numbers(1, 16, seed=1)
+        weights = numbers(3, 1, seed=2, dtype=torch.float32)
+        db2, dscale = output_bias_gradient(dy, weights, b2, routing_of_three())
+        check(db2, (weights.to(FP64) * dy.to(FP64)).sum(0, keepdim=True))
+        check(dscale, (dy.to(FP64).flip(0) @ b2[0].to(FP64)))
+
+    @pytest.mark.parametrize("far", ["a", "b"])
+    @pytest.mark.parametrize("gathered", [False, True], ids=["sorted", "gathered"])
+    def test_weight_gradient(self, far, gathered) -> None:
+        a, b = far_rows(16), numbers(3, 16, seed=1)
+        if far == "b":
+            a, b = b, a
+        rows = routing_of_three().perm if gathered else None
+        offsets = whole(0, 3, dtype=torch.int32)
+        dw = weight_gradient(a, b, offsets, CONFIG, "ieee", a_rows_S=rows, b_rows_S=rows)
+        check(dw[0], a.to(FP64).T @ b.to(FP64))
+
+
+class TestRowsAtTheEnd:
+    @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+    def test_row_product(self, transposed) -> None:
+        x, before = late(16)
+        w = numbers(1, 16, 16, seed=1)
+        offsets = whole(before, before + 2, dtype=torch.int32)
+        y = row_product(x, w, None, offsets, CONFIG, "ieee", transposed=transposed)
+        meant = w[0].T if transposed else w[0]
+        check(y[before:], x[before:].to(FP64) @ meant.to(FP64))
+
+    @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+    def test_up_projection(self, activation) -> None:
+        before = LIMIT // 16
+        x, w1 = numbers(2, 16), numbers(1, 16, 16, seed=1)
+        permutation = late_permutation(before, tokens=2)
+        pre, act = up_projection(x, w1, None, permutation, activation, CONFIG, "ieee")
+        exact = x.to(FP64).flip(0) @ w1[0].to(FP64)
+        check(pre[before:], exact)
+        check(act[before:], activate(exact, activation))
+
+    @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
+    def test_activation_gradient(self, activation) -> None:
+        pre, before = late(16)
+        width = 8 if activation == "swiglu" else 16
+        dy, w2 = numbers(2, 16, seed=1), numbers(1, width, 16, seed=2)
+        weights = numbers(2, 1, seed=3, dtype=torch.float32)
+        found = activation_gradient(
+            dy, weights, w2, pre, late_permutation(before, tokens=2), activation, CONFIG, "ieee",
+            want_pre=True, want_bias=True, want_act=True, want_scale=True,
+        )  # fmt: skip
+        scale, last = weights.to(FP64).flip(0), pre[before:].to(FP64)
+        dact = dy.to(FP64).flip(0) @ w2[0].to(FP64).T
+        act = activate(last, activation)
+        dpre = activate_backward(scale * dact, last, activation)
+        check(found.dpre_SP[before:], dpre)
+        check(found.db1_MP[0], dpre.sum(0))
+        check(found.scaled_act_SF[before:], scale * act)
+        check(found.dscale_NS[0, before:], (dact * act).sum(1))
+
+    def test_combine_gathers_them(self) -> None:
+        """Launched by hand: the launcher would start programs for the tokens of all R rows."""
+        rows, before = late(16)
+        inv_perm, y = whole(before + 1, before), untouched(2, 16)
+        launch(
+            _combine_fwd_kernel, (1, 1), rows, inv_perm, None, y, 2,
+            H=16, K=1, WEIGHTED=False, BLOCK_T=16, BLOCK_H=16, num_warps=4,
+        )  # fmt: skip
+        assert torch.equal(y, rows[before:].flip(0))
+
+    def test_routing_weight_gradient_reads_late_tiles_of_columns(self) -> None:
+        """Launched by hand, for the first of 2**27 rows only."""
+        num_rows, tiles = LIMIT // 16, 18
+        shares = untouched(tiles, num_rows, dtype=torch.float32)
+        shares[:, :256] = numbers(tiles, 256, dtype=torch.float32)
+        inv_perm = torch.arange(256, device=KERNEL_DEVICE)
+        found = untouched(256, dtype=torch.float32)
+        launch(
+            _routing_weight_bwd_kernel, (1,), shares, None, inv_perm, found, num_rows,
+            N=tiles, HAS_BIAS=False, BLOCK=256, num_warps=4,
+        )  # fmt: skip
+        check(found, shares[:, :256].to(FP64).sum(0))
+
+    def test_sum_of_tiles(self) -> None:
+        """Launched by hand, for the first block of columns only."""
+        width, tiles = 2**20, LIMIT // 2**20 + 1
+        shares = untouched(tiles, width, dtype=torch.float32)
+        shares[:, :128] = numbers(tiles, 128, dtype=torch.float32)
+        sums = untouched(2, width, dtype=torch.float32)
+        offsets = whole(0, 16 * (tiles - 1), 16 * tiles, dtype=torch.int32)
+        launch(
+            _sum_of_tiles_bwd_kernel, (2, 1), shares, offsets, sums,
+            E=2, W=width, E_PAD=2, BLOCK_M=16, BLOCK_W=128, TILES_AT_ONCE=16, num_warps=4,
+        )  # fmt: skip
+        check(sums[0, :128], shares[:-1, :128].to(FP64).sum(0))
+        check(sums[1, :128], shares[-1, :128])
+
+
+class TestTheLastOfManyExperts:
+    EXPERTS, SIDE = 2049, 1024
+    TILES = GemmConfig(16, 128, 128, warps=4, stages=1)
+
+    def last_weight(self) -> torch.Tensor:
+        w = untouched(self.EXPERTS, self.SIDE, self.SIDE)
+        w[-1] = numbers(self.SIDE, self.SIDE, seed=1) / 32
+        return w
+
+    def offsets(self) -> torch.Tensor:
+        offsets = torch.zeros(self.EXPERTS + 1, dtype=torch.int32, device=KERNEL_DEVICE)
+        offsets[-1] = 3
+        return offsets
+
+    @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+    def test_row_product(self, transposed) -> None:
+        x, w = numbers(3, self.SIDE), self.last_weight()
+        y = row_product(x, w, None, self.offsets(), self.TILES, "ieee", transposed=transposed)
+        meant = w[-1].T if transposed else w[-1]
+        check(y, x.to(FP64) @ meant.to(FP64))
+
+    def test_up_projection(self) -> None:
+        x, w1 = numbers(3, self.SIDE), self.last_weight()
+        permutation = routing_of_three()._replace(expert_offsets=self.offsets())
+        pre, _ = up_projection(x, w1, None, permutation, "gelu_tanh", self.TILES, "ieee")
+        check(pre, x.to(FP64).flip(0) @ w1[-1].to(FP64))
+
+    def test_activation_gradient(self) -> None:
+        dy, w2, pre = numbers(3, self.SIDE), self.last_weight(), numbers(3, self.SIDE, seed=2)
+        weights = torch.ones(3, 1, device=KERNEL_DEVICE)
+        permutation = routing_of_three()._replace(expert_offsets=self.offsets())
+        found = activation_gradient(
+            dy, weights, w2, pre, permutation, "gelu_tanh", self.TILES, "ieee",
+            want_pre=True, want_bias=False, want_act=False, want_scale=False,
+        )  # fmt: skip
+        dact = dy.to(FP64).flip(0) @ w2[-1].to(FP64).T
+        check(found.dpre_SP, activate_backward(dact, pre.to(FP64), "gelu_tanh"))
+
+
+@pytest.mark.skipif(KERNEL_DEVICE == "cpu", reason="needs a GPU: 2**31 elements are written")
+class TestLargeResults:
+    def test_weight_gradient(self) -> None:
+        a, b = numbers(3, 1024), numbers(3, 1024, seed=1)
+        offsets = torch.zeros(2050, dtype=torch.int32, device=KERNEL_DEVICE)
+        offsets[-1] = 3
+        config = GemmConfig(128, 128, 32, warps=8, stages=2)
+        dw = weight_gradient(a, b, offsets, config, "ieee")
+        check(dw[-1], a.to(FP64).T @ b.to(FP64))
+        assert not dw[:-1].any()
+
+    def test_combine(self) -> None:
+        rows, before = late(16)
+        inv_perm = torch.arange(before + 2, device=KERNEL_DEVICE)
+        y = combine(rows, inv_perm, 1, None)
+        assert torch.equal(y[before:], rows[before:])
+
+    def test_output_bias_gradient(self) -> None:
+        """2,049 tiles of 64 rows that are all the same row of 2**20 columns."""
+        width, tokens = 2**20, 2049 * 64
+        dy = numbers(1, width).expand(tokens, width)
+        weights = torch.full((tokens, 1), 2.0**-8, device=KERNEL_DEVICE)
+        order = torch.arange(tokens, device=KERNEL_DEVICE)
+        offsets = whole(0, tokens - 64, tokens, dtype=torch.int32)
+        permutation = Permutation(order, order, order, offsets)
+        b2 = numbers(2, width, seed=1) / 1024
+        db2, dscale = output_bias_gradient(dy, weights, b2, permutation)
+        check(db2[0], dy[0].to(FP64) * 2048 / 4)
+        check(db2[1], dy[0].to(FP64) / 4)
+        assert torch.equal(dscale[-64:], dscale[-1].expand(64))

@@ -1,0 +1,220 @@
+"""Every launcher of the expert MLP's products against plain torch in fp64.
+
+Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+E experts, K experts per token, S = T*K rows sorted by expert, I and O a weight's two widths.
+"""
+
+import pytest
+import torch
+from conftest import KERNEL_DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numerics import FP64, assert_as_accurate, assert_close, laid_out, poisoned_empty, randn
+
+pytest.importorskip("triton")
+
+from kernel_cases import (
+    ACTIVATIONS,
+    MIXED_PLAN,
+    SMALL,
+    STRUCTURE,
+    Shape,
+    configs,
+    group_sizes,
+    make_case,
+    offsets_of,
+    shapes,
+    surrounded,
+)
+
+from emergence_kernels import expert_mlp_loop, grouped_gemm, grouped_gemm_dw, reference
+from emergence_kernels.activations import activate
+from emergence_kernels.gpu.combine import combine
+from emergence_kernels.gpu.gemm_config import GemmConfig
+from emergence_kernels.gpu.row_product import row_product
+from emergence_kernels.gpu.up_projection import up_projection
+from emergence_kernels.gpu.weight_gradient import weight_gradient
+
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+FP32 = torch.float32
+WIDTHS = st.sampled_from([1, 5, 9, 16, 24])
+PLANS = [SMALL, MIXED_PLAN.up, MIXED_PLAN.down, MIXED_PLAN.activation_grad]
+PLAN_IDS = ["small", "wide-tiles-in-no-groups", "persistent-tall-tiles", "persistent-groups-of-3"]
+
+
+def check(found, exact) -> None:
+    """One result against its fp64 value."""
+    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+
+
+class TestUpProjection:
+    def run_and_check(self, case, config) -> None:
+        with poisoned_empty(guarded=True):
+            pre, act = up_projection(
+                case.x, case.w1, case.b1, case.permutation, case.activation, config, "ieee"
+            )
+        rows = case.x.to(FP64)[case.permutation.token_idx]
+        bias = None if case.b1 is None else case.b1.to(FP64)
+        offsets = case.permutation.expert_offsets
+        exact = reference.grouped_gemm(rows, case.w1.to(FP64), offsets, bias)
+        check(pre, exact)
+        check(act, activate(exact, case.activation))
+
+    @given(shapes(), configs())
+    @settings(max_examples=8, deadline=None)
+    def test_any_shape(self, shape, config) -> None:
+        self.run_and_check(make_case(shape), config)
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @pytest.mark.parametrize("config", PLANS, ids=PLAN_IDS)
+    def test_tails_of_rows_columns_and_the_reduction(self, config, activation) -> None:
+        shape = Shape(11, 24, 40, 3, 2, activation=activation)
+        self.run_and_check(make_case(shape), config)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_the_activation_is_of_the_accumulator_not_of_its_rounded_value(self, dtype) -> None:
+        """gelu(x) = x for large x, and `pre` and `act` are rounded once each: bitwise equal."""
+        case = make_case(Shape(5, 9, 5, 2, 1), dtype)
+        case.x.abs_().mul_(10)
+        case.w1.abs_().mul_(10)
+        permutation, b1 = case.permutation, case.b1.abs()
+        pre, act = up_projection(case.x, case.w1, b1, permutation, "gelu_tanh", SMALL, "ieee")
+        large = pre > 10
+        assert large.any()
+        assert torch.equal(pre[large], act[large])
+
+
+class TestRowProduct:
+    def run_and_check(self, sizes, inner, outer, config, transposed, bias) -> None:
+        x = surrounded(randn(sum(sizes), inner, dtype=FP32))
+        w = surrounded(randn(len(sizes), inner, outer, seed=1, dtype=FP32))
+        b = surrounded(randn(len(sizes), outer, seed=2, dtype=FP32)) if bias else None
+        stored = surrounded(w.transpose(1, 2).contiguous()) if transposed else w
+        offsets = offsets_of(sizes)
+        with poisoned_empty(guarded=True):
+            y = row_product(x, stored, b, offsets, config, "ieee", transposed=transposed)
+        exact = reference.grouped_gemm(
+            x.to(FP64), w.to(FP64), offsets, None if b is None else b.to(FP64)
+        )
+        check(y, exact)
+
+    @given(group_sizes(), WIDTHS, WIDTHS, configs(), st.booleans(), st.booleans())
+    @settings(max_examples=12, deadline=None)
+    def test_any_groups(self, sizes, inner, outer, config, transposed, bias) -> None:
+        self.run_and_check(sizes, inner, outer, config, transposed, bias)
+
+    @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+    @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+    @pytest.mark.parametrize("config", PLANS[:3], ids=PLAN_IDS[:3])
+    def test_tails_of_rows_columns_and_the_reduction(self, config, bias, transposed) -> None:
+        self.run_and_check([3, 0, 19], 24, 40, config, transposed, bias)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_long_reductions_are_accumulated_in_fp32(self, dtype) -> None:
+        """4,096 ones: fp16 alone stops at 2,048."""
+        config = GemmConfig(16, 16, 512, warps=4, stages=1)
+        x, w = (torch.ones(s, dtype=dtype, device=KERNEL_DEVICE) for s in [(2, 4096), (1, 4096, 3)])
+        y = row_product(x, w, None, offsets_of([2]), config, "ieee")
+        assert y.dtype == dtype
+        assert y.tolist() == [[4096] * 3] * 2
+
+    def test_fp16_is_as_accurate_as_the_plain_path(self) -> None:
+        draws = []
+        for seed in range(2):
+            x = surrounded(randn(20, 40, seed=seed, dtype=torch.float16))
+            w = surrounded(randn(2, 40, 24, seed=seed + 5, dtype=torch.float16))
+            b = surrounded(randn(2, 24, seed=seed + 9, dtype=torch.float16))
+            offsets = offsets_of([7, 13])
+            ours = row_product(x, w, b, offsets, SMALL, "ieee")
+            exact = reference.grouped_gemm(x.to(FP64), w.to(FP64), offsets, b.to(FP64))
+            paths = (ours, grouped_gemm(x, w, offsets, b), exact)
+            draws.append(tuple({"y": result} for result in paths))
+        assert_as_accurate(draws, torch.float16)
+
+
+class TestCombine:
+    @given(
+        st.integers(0, 20), st.sampled_from([1, 5, 16, 24, 1100]), st.integers(1, 4), st.booleans()
+    )
+    @settings(max_examples=10, deadline=None)
+    def test_any_rows(self, tokens, hidden, top_k, weighted) -> None:
+        case = make_case(Shape(tokens, 1, 1, 4, top_k))
+        rows = surrounded(randn(tokens * top_k, hidden, dtype=FP32))
+        weights = case.weights if weighted else None
+        with poisoned_empty(guarded=True):
+            y = combine(rows, case.permutation.inv_perm, top_k, weights)
+        exact = rows.to(FP64)[case.permutation.inv_perm].view(tokens, top_k, hidden)
+        scale = case.weights.to(FP64).unsqueeze(-1) if weighted else 1
+        check(y, (scale * exact).sum(1))
+
+    def test_sums_are_rounded_once(self) -> None:
+        """1 + 8 * 2**-12 in fp16, whose numbers beyond 1 are 2**-10 apart: each part alone is
+        lost."""
+        case = make_case(Shape(3, 1, 1, 9, 9))
+        parts = torch.full((9,), 2.0**-12, dtype=torch.float16)
+        parts[0] = 1
+        rows = torch.empty(27, 5, dtype=torch.float16, device=KERNEL_DEVICE)
+        rows[case.permutation.inv_perm] = parts.repeat(3)[:, None].expand(27, 5).to(rows)
+        y = combine(rows, case.permutation.inv_perm, 9, None)
+        assert (y == 1 + 2.0**-9).all()
+        halved = combine(rows, case.permutation.inv_perm, 9, torch.full_like(case.weights, 0.5))
+        assert (halved == 0.5 + 2.0**-10).all()
+
+    def test_it_is_the_plain_path(self) -> None:
+        case = make_case(Shape(300, 1, 1, 4, 2))
+        rows = surrounded(randn(600, 24, dtype=FP32))
+        inv_perm = case.permutation.inv_perm
+        ours = combine(rows, inv_perm, 2, case.weights)
+        check(ours, expert_mlp_loop._combine(rows.clone(), inv_perm, 2, case.weights).to(FP64))
+
+
+class TestWeightGradient:
+    def run_and_check(self, sizes, inner, outer, config, gathered, layout="rows apart") -> None:
+        """`gathered` names the factor that lies in another order than the sorted rows."""
+        rows = sum(sizes)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
+        at = surrounded(order, -1)
+        a = laid_out(surrounded(randn(rows, inner, dtype=FP32)), layout)
+        b = laid_out(surrounded(randn(rows, outer, seed=1, dtype=FP32)), layout)
+        offsets = offsets_of(sizes)
+        with poisoned_empty(guarded=True):
+            dw = weight_gradient(
+                a,
+                b,
+                offsets,
+                config,
+                "ieee",
+                a_rows_S=at if gathered == "a" else None,
+                b_rows_S=at if gathered == "b" else None,
+            )
+        left, right = (
+            t.to(FP64)[at] if gathered == n else t.to(FP64) for n, t in (("a", a), ("b", b))
+        )
+        check(dw, grouped_gemm_dw(left, right, offsets))
+        for e, size in enumerate(sizes):
+            assert size or (dw[e] == 0).all()
+
+    @given(group_sizes(), WIDTHS, WIDTHS, configs(), st.sampled_from(["a", "b", "none"]))
+    @settings(max_examples=8, deadline=None)
+    def test_any_groups(self, sizes, inner, outer, config, gathered) -> None:
+        self.run_and_check(sizes, inner, outer, config, gathered)
+
+    @pytest.mark.parametrize("gathered", ["a", "b", "none"])
+    @pytest.mark.parametrize("layout", ["contiguous", "rows apart", "expanded"])
+    def test_tails_of_rows_and_both_widths(self, layout, gathered) -> None:
+        self.run_and_check([3, 0, 19], 24, 9, SMALL, gathered, layout)
+
+    @pytest.mark.parametrize("config", PLANS[1:], ids=PLAN_IDS[1:])
+    def test_other_tiles(self, config) -> None:
+        self.run_and_check([0, 17, 0, 2], 40, 24, config, "a")
+
+    def test_no_rows_at_all(self) -> None:
+        self.run_and_check([0, 0, 0], 9, 5, SMALL, "a", "contiguous")
+
+    def test_thousands_of_rows_are_summed_in_fp32(self) -> None:
+        """4,096 ones: fp16 alone stops at 2,048."""
+        config = GemmConfig(16, 16, 512, warps=4, stages=1)
+        ones = torch.ones(4096, 3, dtype=torch.float16, device=KERNEL_DEVICE)
+        dw = weight_gradient(ones, ones[:, :2], offsets_of([0, 4096]), config, "ieee")
+        assert dw.dtype == torch.float16
+        assert dw.tolist() == [[[0] * 2] * 3, [[4096] * 2] * 3]
