@@ -156,7 +156,7 @@ def test_the_kernels_equal_the_twin(case) -> None:
     weights = torch.ones_like(picked) if top_k == 1 else picked / picked.sum(1, keepdim=True)
     assert_close(found.weights_TK, weights, "weights", 256)
 
-    from emergence_kernels.gpu.routing import route_backward
+    from emergence_kernels.gpu.routing_gradient import route_backward
     from emergence_kernels.routing import _gradient
 
     saved = (

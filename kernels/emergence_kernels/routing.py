@@ -104,7 +104,7 @@ def _gradient(
     """Gradient of the logits; `noisy_TE` is empty when there was no noise."""
     gradients = (dprobs_TE, dnoisy_TE, dweights_TK, dlogsumexp_T, dprob_sums_E, dz_sum)
     if _on_kernels(probs_TE):
-        from emergence_kernels.gpu.routing import route_backward
+        from emergence_kernels.gpu.routing_gradient import route_backward
 
         return route_backward(probs_TE, noisy_TE, experts_TK, weights_TK, logsumexp_T, *gradients)
     has_noise = noisy_TE.shape[0] == probs_TE.shape[0]
