@@ -31,7 +31,7 @@ def tuning(monkeypatch: pytest.MonkeyPatch):
     from emergence_kernels.gpu import tuning
 
     few = [SMALL, GemmConfig(32, 16, 16, warps=4, stages=1)]
-    monkeypatch.setattr(tuning, "candidates", lambda *_: few)
+    monkeypatch.setattr(tuning, "candidates", lambda *_, **__: few)
     monkeypatch.setattr(tuning, "default_plan", lambda *_, **__: PLAN_WITH_DEFAULTS)
     return tuning
 

@@ -17,6 +17,9 @@ from emergence_kernels.gpu import expert_mlp
 from emergence_kernels.gpu.defaults import Target, candidates, default_plan
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmPlan, Product
 from emergence_kernels.gpu.launch import Launch, recorded_launches
+from emergence_kernels.gpu.permutation import sort_by_expert
+from emergence_kernels.gpu.routing import route_forward
+from emergence_kernels.gpu.routing_gradient import route_backward
 from emergence_kernels.permutation import Permutation
 
 T, H, F, E, K = 1024, 768, 3072, 8, 1
@@ -91,7 +94,26 @@ def _expert_mlp(case: Case, plan: GemmPlan) -> None:
     )  # fmt: skip
 
 
-LAUNCHERS: tuple[Callable[[Case, GemmPlan], None], ...] = (_expert_mlp,)
+def _route(case: Case, plan: GemmPlan) -> None:
+    """Noisy top-1 and biased top-2, every gradient there is."""
+    logits_TE = _empty(T, E, dtype=torch.float32)
+    for top_k, noise_TE, bias_E in ((1, logits_TE, None), (2, None, logits_TE[0])):
+        probs_TE, noisy_TE, experts_TK, weights_TK, logsumexp_T, _, sums_E, z_sum = route_forward(
+            logits_TE, top_k, noise_TE, bias_E
+        )
+        route_backward(
+            probs_TE, noisy_TE, experts_TK, weights_TK, logsumexp_T,
+            probs_TE, probs_TE, weights_TK, logsumexp_T, sums_E, z_sum,
+        )  # fmt: skip
+
+
+def _sort(case: Case, plan: GemmPlan) -> None:
+    """Few experts in one block of slots, and many over several."""
+    sort_by_expert(_empty(T, K, dtype=torch.int64), E)
+    sort_by_expert(_empty(T, 8, dtype=torch.int64), 64)
+
+
+LAUNCHERS: tuple[Callable[[Case, GemmPlan], None], ...] = (_expert_mlp, _route, _sort)
 """Every operator with kernels, used once: what is not launched here is not compiled anywhere."""
 
 

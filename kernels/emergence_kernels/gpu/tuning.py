@@ -76,7 +76,9 @@ def tune(
         start: GemmConfig = getattr(default, product)
         expected = run(start)
         best = Tuned(product, start, *[_time(run, start, measure)] * 2)
-        for config in candidates(product, target, shape.dtype, bucket):
+        for config in candidates(
+            product, target, shape.dtype, bucket, precision=precision, gated=gated
+        ):
             if not _agrees(product, config, run, expected):
                 continue
             milliseconds = _time(run, config, measure)
