@@ -7,6 +7,7 @@ from moe_emergence.command import run
 
 VERBS = {
     "train": "upcycle, train, evaluate and resume",
+    "verify": "certify that a path computes what the sequential one defines",
     "generate": "continue a prompt, and see which expert reads which token",
 }
 

@@ -1,0 +1,32 @@
+"""Whether a path through the experts computes what the sequential one does, figure by figure."""
+
+from moe_emergence.certificate.arithmetic import (
+    Arithmetic,
+    DtypeName,
+    available_dtypes,
+    get_arithmetic,
+)
+from moe_emergence.certificate.cases import ACTIVATIONS, Case, grid, random_cases
+from moe_emergence.certificate.certify import Certificate, Row, Status, certify
+from moe_emergence.certificate.properties import Property, properties
+from moe_emergence.certificate.report import certificate_table, describe_machine, summary_lines
+
+__all__ = [
+    "ACTIVATIONS",
+    "Arithmetic",
+    "Case",
+    "Certificate",
+    "DtypeName",
+    "Property",
+    "Row",
+    "Status",
+    "available_dtypes",
+    "certificate_table",
+    "certify",
+    "describe_machine",
+    "get_arithmetic",
+    "grid",
+    "properties",
+    "random_cases",
+    "summary_lines",
+]

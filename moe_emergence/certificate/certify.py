@@ -1,0 +1,188 @@
+"""Every case in every arithmetic through every path, judged; and the certificate that results."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from moe_emergence.certificate.arithmetic import Arithmetic, get_arithmetic
+from moe_emergence.certificate.cases import Case
+from moe_emergence.certificate.judge import ENOUGH, Draw, Verdict, judge
+from moe_emergence.certificate.problem import Results, draw_problem, run_exact, run_layer
+from moe_emergence.certificate.properties import Property
+from moe_emergence.moe import Dispatcher, get_dispatcher
+
+Status = Literal["passed", "failed", "refused", "not promised"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case or property, in one arithmetic, through one path."""
+
+    dispatch: str
+    dtype: str
+    name: str
+    reason: str
+    settings: dict[str, Any]
+    """The case: shape, activation, routing, layouts."""
+    status: Status
+    note: str
+    """What is wrong, why it was refused, or the measured figure of a property."""
+    draws: int
+    tensors: tuple[Verdict, ...] = ()
+    is_property: bool = False
+    """Whether it measures something else than errors."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """All rows; certified when some passed and none failed."""
+
+    rows: tuple[Row, ...]
+
+    def count(self, status: Status) -> int:
+        """Rows with this status."""
+        return sum(row.status == status for row in self.rows)
+
+    @property
+    def certified(self) -> bool:
+        """Whether every row that ran holds, and there is one."""
+        return self.count("failed") == 0 and self.count("passed") > 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: every figure with its bound."""
+        return asdict(self)
+
+
+def certify(
+    paths: Mapping[str, Dispatcher],
+    cases: Sequence[Case],
+    properties: Sequence[Property],
+    arithmetics: Sequence[Arithmetic],
+    device: torch.device,
+    seed: int = 0,
+    advance: Callable[[float], None] = lambda amount: None,
+) -> Certificate:
+    """Judge every path in `paths`, by name.
+
+    An exception is a failure of its row, and the rest still runs; a `ValueError` that begins with
+    `--dispatch` is a path's own word that it does not take such a case. `advance` is called with 1
+    after every case or property in every arithmetic.
+    """
+    rows: list[Row] = []
+    for arithmetic in arithmetics:
+        for place, case in enumerate(cases):
+            with _one_thread(device):
+                rows += _compare(paths, case, arithmetic, device, 10_000 * seed + 20 * place)
+            advance(1)
+        for row in properties:
+            if row.promise is None or arithmetic.name in row.promise.dtypes:
+                rows += [_check(path, paths[path], row, arithmetic, device, seed) for path in paths]
+            advance(1)
+    return Certificate(tuple(rows))
+
+
+@contextlib.contextmanager
+def _one_thread(device: torch.device) -> Iterator[None]:
+    """On a CPU: the comparisons' tensors are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def draws_of(case: Case) -> int:
+    """Draws that give the smallest tensor, the routing weights' gradient, enough elements."""
+    rows = case.tokens * case.top_k
+    return max(2, min(16, -(-ENOUGH // rows))) if rows else 1
+
+
+def _compare(
+    paths: Mapping[str, Dispatcher],
+    case: Case,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    seed: int,
+) -> Iterator[Row]:
+    """One row per path, all on the same numbers."""
+    found: dict[str, list[Draw]] = {path: [] for path in paths}
+    broken: dict[str, tuple[Status, str]] = {}
+    fp64 = get_arithmetic("fp64", device)
+    for draw in range(draws_of(case)):
+        try:
+            problem = draw_problem(case, arithmetic, device, seed + draw)
+            exact = run_exact(case, problem, fp64)
+            sequential: Results = exact
+            if arithmetic.name != "fp64":
+                sequential = run_layer(case, problem, get_dispatcher("sequential"), arithmetic)
+        except Exception as error:  # noqa: BLE001 whatever it is, the other cases still run
+            broken.update(dict.fromkeys(paths, ("failed", f"the definition: {_words(error)}")))
+            break
+        for path in paths.keys() - broken.keys():
+            try:
+                ours = run_layer(case, problem, paths[path], arithmetic)
+                found[path].append(Draw(ours, sequential, exact))
+            except Exception as error:  # noqa: BLE001 a finding, not an accident
+                broken[path] = _finding(error)
+    for path, draws in found.items():
+        tensors = [] if path in broken else judge(draws, arithmetic, case)
+        wrong = [f"{v.tensor}: {v.problem}" for v in tensors if v.problem is not None]
+        status, note = broken.get(path, ("failed" if wrong else "passed", "; ".join(wrong)))
+        yield Row(
+            path,
+            arithmetic.name,
+            case.name,
+            case.reason,
+            asdict(case),
+            status,
+            note,
+            draws=len(draws),
+            tensors=tuple(tensors),
+        )
+
+
+def _check(
+    path: str,
+    dispatcher: Dispatcher,
+    row: Property,
+    arithmetic: Arithmetic,
+    device: torch.device,
+    seed: int,
+) -> Row:
+    try:
+        outcome = row.measure(dispatcher, row.case, arithmetic, device, seed)
+        promised = row.promise is None or path in row.promise.paths
+        status: Status = (
+            "passed" if outcome.holds and promised else "failed" if promised else "not promised"
+        )
+        note = outcome.note
+    except Exception as error:  # noqa: BLE001 a finding, not an accident
+        status, note = _finding(error)
+    return Row(
+        path,
+        arithmetic.name,
+        row.name,
+        row.reason,
+        asdict(row.case),
+        status,
+        note,
+        draws=1,
+        is_property=True,
+    )
+
+
+def _finding(error: Exception) -> tuple[Status, str]:
+    """A refusal in the dispatcher's own words, or a failure."""
+    if isinstance(error, ValueError) and str(error).startswith("--dispatch"):
+        return "refused", str(error)
+    return "failed", _words(error)
+
+
+def _words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

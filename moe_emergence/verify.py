@@ -1,0 +1,114 @@
+"""`python -m moe_emergence.verify`: certify that a path computes what is defined."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from rich.console import Console
+
+from emergence_kernels.activations import Activation
+from moe_emergence.certificate import (
+    ACTIVATIONS,
+    Certificate,
+    DtypeName,
+    Status,
+    available_dtypes,
+    certificate_table,
+    certify,
+    describe_machine,
+    get_arithmetic,
+    grid,
+    properties,
+    random_cases,
+    summary_lines,
+)
+from moe_emergence.command import parse, run
+from moe_emergence.data.progress import progress_bar
+from moe_emergence.moe.dispatch import Dispatcher, DispatchName, get_dispatcher
+from moe_emergence.settings import check, to_dict
+
+PROG = "python -m moe_emergence.verify"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """Compare paths through the experts with the sequential one: outputs and every gradient, on
+    every shape, layout and arithmetic, both judged against fp64."""
+
+    dispatch: tuple[DispatchName, ...] = ("fused",)
+    """Paths to certify."""
+    dtype: tuple[DtypeName, ...] = ()
+    """Arithmetics; without it all that the device has."""
+    activation: tuple[Activation, ...] = ACTIVATIONS
+    """Activations of the experts; GELU comes with biases, SwiGLU without."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda where there is one."""
+    cases: int = 10
+    """Random cases on top of the fixed ones."""
+    seed: int = 0
+    """Seed of all numbers and of the random cases."""
+    json: str | None = None
+    """File for the certificate with every figure and bound."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.dispatch), "--dispatch", "of nothing", "name at least one path")
+        check(bool(self.activation), "--activation", "of nothing", "name at least one")
+        check(0 <= self.cases <= 10_000, "--cases", self.cases, "give a number from 0 to 10000")
+        check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
+        check(
+            self.device != "cuda" or torch.cuda.is_available(),
+            "--device",
+            "cuda",
+            "this PyTorch sees no CUDA device; use --device cpu",
+        )
+        check(
+            self.json is None or Path(self.json).absolute().parent.is_dir(),
+            "--json",
+            self.json,
+            "give a file in a folder that exists",
+        )
+
+
+def main(argv: list[str]) -> int:
+    """Certify as the flags say; 1 when something fails."""
+    config = parse(VerifyConfig, argv, PROG)
+    on_cuda = config.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_cuda else "cpu")
+    dtypes = config.dtype or available_dtypes(device)
+    arithmetics = [get_arithmetic(name, device) for name in dict.fromkeys(dtypes)]
+    paths: dict[str, Dispatcher] = {name: get_dispatcher(name) for name in config.dispatch}
+    cases = grid(device, config.activation)
+    cases += random_cases(config.cases, config.seed, config.activation)
+    rows = properties(device)
+    with progress_bar("verify", len(arithmetics) * (len(cases) + len(rows))) as advance:
+        certificate = certify(paths, cases, rows, arithmetics, device, config.seed, advance)
+    if config.json is not None:
+        _write(Path(config.json), config, certificate, device)
+    console = Console(markup=False, highlight=False)
+    for name in paths:
+        console.print(certificate_table(certificate, name))
+    for line in summary_lines(certificate, device):
+        console.print(line, soft_wrap=True)
+    return 0 if certificate.certified else 1
+
+
+def _write(
+    path: Path, config: VerifyConfig, certificate: Certificate, device: torch.device
+) -> None:
+    written: dict[str, Any] = {
+        "verdict": "certified" if certificate.certified else "not certified",
+        "counts": {status: certificate.count(status) for status in get_args(Status)},
+        "machine": describe_machine(device),
+        "settings": to_dict(config),
+        **certificate.to_dict(),
+    }
+    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
