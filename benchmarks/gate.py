@@ -33,7 +33,7 @@ class Judgement:
     note: str
     """What is wrong, in one line; empty for a pass."""
     worst_ratio: float | None
-    """Largest error as a multiple of the sequential path's own, over all tensors."""
+    """Largest error as a multiple of the sequential path's own (at least half an ulp)."""
 
 
 def evaluate(run: Callable[[], Tensor], leaves: Mapping[str, Tensor], dy_TH: Tensor) -> Results:

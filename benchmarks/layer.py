@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,21 @@ from benchmarks.gate import Gate, Judgement, evaluate
 from benchmarks.peers import ENTRIES
 from benchmarks.results import Row
 from benchmarks.roofline import Cost, layer_cost, measure_rates
-from benchmarks.stopwatch import Samples, Work, graph_median, interleave
+from benchmarks.stopwatch import Samples, Work, graph_median, interleave, synchronize
 from benchmarks.workloads import Case, Problem, make_problem
 
 logger = logging.getLogger(__name__)
 
 PHASES = ("forward", "backward", "full")
 REFERENCE = "sequential"
+
+
+class DeviceLost(RuntimeError):
+    """A contestant failed such that nothing runs on the device in this process any more."""
+
+    def __init__(self, contestant: str) -> None:
+        super().__init__(f"{contestant} left the device unusable")
+        self.contestant = contestant
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,9 @@ def measure_layer(
     rows: list[Row] = []
     for phase in phases:
         timed = _measure_phase(case, problem, phase, admitted, costs[phase], budget_s / len(phases))
-        found = {row.contestant: row for row in (*timed, *(replace(r, phase=phase) for r in absent))}
+        found = {
+            row.contestant: row for row in (*timed, *(replace(r, phase=phase) for r in absent))
+        }
         of_phase = [found[entry.name] for entry in entries]
         rows += of_phase
         if on_rows:
@@ -97,13 +108,12 @@ def admit(
             row = replace(row, verdict=error.verdict, note=str(error))
         # whatever a peer raises is a row of the table, not the end of the run
         except Exception as error:  # noqa: BLE001
-            logger.warning("%s on %s: %s", entry.name, case.name, error)
-            row = replace(row, verdict="error", note=one_line(error))
+            row = error_row(row, error, problem.x_TH.device.type)
         absent.append(row)
     return admitted, absent
 
 
-def _verdict(gate: Gate, contestant: Contestant, problem: Problem) -> dict[str, object]:
+def _verdict(gate: Gate, contestant: Contestant, problem: Problem) -> dict[str, Any]:
     if contestant.is_floor:
         return {"verdict": "floor", "note": "computes another function of the same active FLOPs"}
     found = evaluate(contestant.run, contestant.leaves, problem.dy_TH)
@@ -115,9 +125,9 @@ def _verdict(gate: Gate, contestant: Contestant, problem: Problem) -> dict[str, 
     }
 
 
-def _memory(contestant: Contestant, problem: Problem) -> dict[str, object]:
+def _memory(contestant: Contestant, problem: Problem) -> dict[str, Any]:
     owned = [*problem.leaves.values(), *contestant.leaves.values(), problem.decision.topk_experts]
-    memory: dict[str, object] = {"saved_bytes": saved_bytes(contestant.run, owned)}
+    memory: dict[str, Any] = {"saved_bytes": saved_bytes(contestant.run, owned)}
     if problem.x_TH.is_cuda:
         memory["peak_bytes"] = peak_bytes(phase_work(contestant, problem.dy_TH, "full"))
     return memory
@@ -156,8 +166,9 @@ def _measure_phase(
         try:
             work = phase_work(one.contestant, problem.dy_TH, phase)
             work()
+            synchronize(device)
         except Exception as error:  # noqa: BLE001 - as in `admit`
-            rows[row.contestant] = replace(row, verdict="error", note=one_line(error))
+            rows[row.contestant] = error_row(row, error, device)
             continue
         works[row.contestant], rows[row.contestant] = work, row
     samples = interleave(works, device, budget_s)
@@ -178,9 +189,9 @@ def _measure_phase(
 
 def timing_fields(
     timed: Samples, samples: Mapping[str, Samples], reference: str = REFERENCE
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Fields of a `Row` that follow from its samples and those of the reference."""
-    fields: dict[str, object] = {
+    fields: dict[str, Any] = {
         "median_s": timed.median,
         "quartiles_s": timed.quartiles,
         "rounds": len(timed.seconds),
@@ -190,6 +201,17 @@ def timing_fields(
     return fields
 
 
-def one_line(error: Exception) -> str:
-    """The error as a note in a table."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+def error_row(row: Row, error: Exception, device: str) -> Row:
+    """`row` for a contestant that raised `error`.
+
+    Raises:
+        DeviceLost: when the device no longer answers, as after an illegal memory access.
+    """
+    logger.warning("%s on %s: %s", row.contestant, row.group, error)
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as lost:
+            raise DeviceLost(row.contestant) from lost
+    note = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return replace(row, verdict="error", note=note[:200])

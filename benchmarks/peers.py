@@ -36,7 +36,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     # a package built for another torch or triton fails with more than ImportError
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         raise not_installed(error) from error
 
 

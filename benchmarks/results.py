@@ -53,7 +53,8 @@ class Row:
     peak_bytes: int | None = None
     """Peak device memory of one pass above what was allocated before; CUDA only."""
     error_ratio: float | None = None
-    """Largest error as a multiple of the sequential path's."""
+    """Largest error as a multiple of what the sequential path has in this dtype, at least half an
+    ulp."""
     tokens_per_s: float | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """Sizes of the group, for plots: tokens, hidden, width, experts, top_k, dtype, routing..."""
@@ -127,9 +128,16 @@ def read_document(path: Path) -> Document:
 class Journal:
     """Collects rows and keeps the file on disk complete after every one of them."""
 
-    def __init__(self, path: Path, environment: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, environment: Mapping[str, Any], rows: Iterable[Row] = ()
+    ) -> None:
         self.path, self.environment = path, environment
-        self.rows: list[Row] = []
+        self.rows: list[Row] = list(rows)
+        self.add([])
+
+    def drop(self, suite: str, group: str) -> None:
+        """Forget a group that was not finished, and write."""
+        self.rows = [row for row in self.rows if (row.suite, row.group) != (suite, group)]
         self.add([])
 
     def add(self, rows: Iterable[Row]) -> None:

@@ -51,9 +51,7 @@ def layer_cost(case: Case, problem: Problem) -> dict[str, Cost]:
     hit = int(problem.decision.topk_experts.unique().numel())
     tokens = shape.tokens * shape.hidden
     forward = Cost(2.0 * shape.rows * per_expert, size * (2.0 * tokens + hit * per_expert))
-    backward = Cost(
-        2 * forward.flops, size * (3.0 * tokens + (hit + shape.experts) * per_expert)
-    )
+    backward = Cost(2 * forward.flops, size * (3.0 * tokens + (hit + shape.experts) * per_expert))
     full = Cost(forward.flops + backward.flops, forward.bytes + backward.bytes)
     return {"forward": forward, "backward": backward, "full": full}
 
@@ -73,10 +71,11 @@ def measure_rates(device: str, dtype: str, edge: int | None = None) -> Rates:
     return Rates(2.0 * edge**3 / product_s, 2.0 * source.numel() / copy_s)
 
 
-def _best_seconds(work: Work, device: str, runs: int = 5, repeats: int = 3) -> float:
+def _best_seconds(work: Work, device: str, runs: int = 3) -> float:
+    repeats = 10 if device == "cuda" else 1
+    work()
     times = []
     for _ in range(runs):
-        work()
         synchronize(device)
         start = time.perf_counter()
         for _ in range(repeats):
