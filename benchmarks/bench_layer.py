@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.contestants import OURS
-from benchmarks.fixtures import Record
+from benchmarks.fixtures import BUDGET_S, SIZE, Record
 from benchmarks.layer import measure_layer, phase_work
 from benchmarks.workloads import SHAPES, Case, make_problem
 
@@ -30,12 +30,14 @@ ON_GPU = [
     Case(s, "balanced", d) for n, s in SHAPES.items() if n != "tiny" for d in ("bf16", "fp32")
 ]
 CASES = ON_GPU if torch.cuda.is_available() else ON_CPU
+if SIZE == "tiny":
+    CASES = [Case(SHAPES["tiny"])]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace("/", "-"))
 def test_layer(case: Case, device: str, record: Record, benchmark: Any) -> None:
     """All phases and contestants of a case; pytest-benchmark's own figure is `auto`'s full pass."""
-    rows = measure_layer(case, device, budget_s=3.0)
+    rows = measure_layer(case, device, budget_s=BUDGET_S)
     record(rows)
     problem = make_problem(case, device)
     auto = next(entry for entry in OURS if entry.name == "auto").prepare(problem)

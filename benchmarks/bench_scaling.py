@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.fixtures import Record
+from benchmarks.fixtures import BUDGET_S, SIZE, Record
 from benchmarks.results import Row
 from benchmarks.scaling import measure_scaling
 
@@ -14,6 +14,7 @@ def test_scaling(device: str, record: Record, benchmark: Any) -> None:
     benchmark.group = "scaling"
 
     def study() -> list[Row]:
-        return measure_scaling(device, "bf16" if device == "cuda" else "fp32", budget_s=0.5)
+        dtype = "bf16" if device == "cuda" else "fp32"
+        return measure_scaling(device, dtype, budget_s=BUDGET_S / 6, tiny=SIZE == "tiny")
 
     record(benchmark.pedantic(study, rounds=1))

@@ -8,6 +8,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import numpy as np
 
 from benchmarks.results import Document, Row
@@ -29,6 +30,7 @@ COLOURS = {
     "predecessor": "#17becf",
 }
 MARKERS = "os^DvP*X<>ph"
+_PLAIN = mpl.ticker.FuncFormatter(lambda value, _: f"{value:.3g}")
 
 
 def draw_all(document: Document, folder: Path, suffix: str) -> list[str]:
@@ -49,15 +51,8 @@ def draw_all(document: Document, folder: Path, suffix: str) -> list[str]:
         versions = " ".join(
             f"{p} {env['packages'][p]}" for p in ("torch", "triton") if p in env["packages"]
         )
-        figure.text(
-            0.995,
-            0.003,
-            f"{env['device_name']}, {versions}, {env['date'][:10]}",
-            ha="right",
-            va="bottom",
-            fontsize=7,
-            color="#666666",
-        )
+        origin = f"{env['device_name']}, {versions}, {env['date'][:10]}"
+        figure.supxlabel(origin, x=0.995, ha="right", fontsize=7, color="#666666")
         for kind in ("png", "svg"):
             figure.savefig(folder / f"{name}-{suffix}.{kind}", dpi=130)
         plt.close(figure)
@@ -138,11 +133,8 @@ def _dots(
     if reference is not None:
         axes.axvline(reference, color="#222222", linewidth=0.8, zorder=0)
     if logarithmic:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-        left, right = axes.get_xlim()
-        if right / left < 50:
-            axes.xaxis.set_minor_formatter(mpl.ticker.FuncFormatter(_sparse_minor))
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(_PLAIN)
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(mpl.ticker.PercentFormatter(1.0))
@@ -215,8 +207,9 @@ def draw_scaling(rows: Sequence[Row]) -> Any:
             ends = np.array([x.min(), x.max()])
             axes.plot(ends, [scale * fit.at(e) for e in ends], "-", color=colour, linewidth=0.8)
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter(_PLAIN)
+        axes.yaxis.set_major_formatter(_PLAIN)
         axes.set_title(f"{title} ({dtype})", fontsize=9)
         axes.set_xlabel(sweep)
         axes.set_ylabel("ms" if quantity == "seconds" else "MB kept for backward")
@@ -228,8 +221,3 @@ def draw_scaling(rows: Sequence[Row]) -> Any:
 def _group_order(group: str) -> tuple[str, ...]:
     shape, activation, dtype, routing = group.split("/")
     return activation, dtype, shape, routing
-
-
-def _sparse_minor(value: float, _: int) -> str:
-    leading = f"{value:e}"[0]
-    return f"{value:g}" if leading in "25" else ""

@@ -148,7 +148,9 @@ class Journal:
 
 def _row(raw: Mapping[str, Any]) -> Row:
     known = {f.name for f in fields(Row)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known}
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in known
+    }
     return Row(**values)
 
 
