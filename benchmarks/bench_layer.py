@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.command import BUDGET_S, SIZE
 from benchmarks.contestants import OURS
-from benchmarks.fixtures import BUDGET_S, SIZE, Record
 from benchmarks.layer import measure_layer, phase_work
+from benchmarks.results import Record
 from benchmarks.workloads import SHAPES, Case, make_problem
 
 pytest_plugins = ["benchmarks.fixtures"]

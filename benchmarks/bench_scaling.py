@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from benchmarks.fixtures import BUDGET_S, SIZE, Record
-from benchmarks.results import Row
+from benchmarks.command import BUDGET_S, SIZE
+from benchmarks.results import Record, Row
 from benchmarks.scaling import measure_scaling
 
 pytest_plugins = ["benchmarks.fixtures"]

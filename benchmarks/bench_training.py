@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.fixtures import BUDGET_S, SIZE, Record
+from benchmarks.command import BUDGET_S, SIZE
+from benchmarks.results import Record
 from benchmarks.training_step import SETUPS, Bench, Setup, measure_training
 
 pytest_plugins = ["benchmarks.fixtures"]

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from typing import Any
 
@@ -9,6 +10,12 @@ import torch
 
 from benchmarks.results import describe_environment
 from benchmarks.workloads import DTYPES
+
+SIZE = os.environ.get("BENCH_SIZE", "default")
+"""What `pytest --benchmark-only` runs: default, tiny (toys, for tests) or large (adds GPT-2 small on
+a CPU: minutes, 12 GB of memory)."""
+BUDGET_S = 0.05 if SIZE == "tiny" else 3.0
+"""Seconds of timing for each group under pytest."""
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:

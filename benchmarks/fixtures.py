@@ -4,22 +4,14 @@ A bench is one group. It measures all contestants in turns by itself and puts it
 pytest-benchmark's `extra_info`; pytest-benchmark times `auto` (or the sweep) for its own table.
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.results import Row, describe_environment
-
-SIZE = os.environ.get("BENCH_SIZE", "default")
-"""default; tiny (toys, for tests); large (adds GPT-2 small on a CPU)."""
-BUDGET_S = 0.05 if SIZE == "tiny" else 3.0
-"""Seconds of timing for each group."""
-
-Record = Callable[[Sequence[Row]], None]
+from benchmarks.results import Record, Row, describe_environment
 
 
 @pytest.fixture

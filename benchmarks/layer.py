@@ -1,7 +1,7 @@
 """The layer suite: forward, backward and both, of every contestant on the same numbers."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from benchmarks.contestants import Absent, Contestant, Entry
 from benchmarks.footprint import peak_bytes, saved_bytes
 from benchmarks.gate import Gate, Judgement, evaluate
 from benchmarks.peers import ENTRIES
-from benchmarks.results import Row
+from benchmarks.results import Record, Row
 from benchmarks.roofline import Cost, layer_cost, measure_rates
 from benchmarks.stopwatch import Samples, Work, graph_median, interleave, synchronize
 from benchmarks.workloads import Case, Problem, make_problem
@@ -46,7 +46,7 @@ def measure_layer(
     budget_s: float,
     entries: Sequence[Entry] = ENTRIES,
     phases: Sequence[str] = PHASES,
-    on_rows: Callable[[Sequence[Row]], None] | None = None,
+    on_rows: Record | None = None,
 ) -> list[Row]:
     """Measure every entry on `case`: one row per phase and contestant.
 
@@ -174,16 +174,18 @@ def _measure_phase(
     samples = interleave(works, device, budget_s)
     limit_s = cost.seconds(measure_rates(device, case.dtype))
     for name, timed in samples.items():
-        graph_s = None
-        if device == "cuda" and phase != "backward":
-            graph_s = graph_median(works[name])
         rows[name] = replace(
             rows[name],
             **timing_fields(timed, samples),
-            graph_s=graph_s,
             roofline_fraction=limit_s / timed.median,
             tokens_per_s=case.shape.tokens / timed.median,
         )
+        # autograd runs a backward on the stream of its forward, outside of a capture
+        if device == "cuda" and phase != "backward":
+            try:
+                rows[name] = replace(rows[name], graph_s=graph_median(works[name]))
+            except Exception as error:  # noqa: BLE001 - as in `admit`
+                error_row(rows[name], error, device)
     return list(rows.values())
 
 

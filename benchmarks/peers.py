@@ -28,7 +28,7 @@ from benchmarks.gate import Results
 from benchmarks.workloads import Problem
 from emergence_kernels.activations import activate
 
-BATCHED_LIMIT = {"cpu": 0.3e9, "cuda": 24e9}
+BATCHED_LIMIT = {"cpu": 0.3e9, "cuda": 12e9}
 """Bytes of weights that `batched_mm` may copy in a forward pass, by device type."""
 
 

@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,10 @@ class Row:
     def is_ranked(self) -> bool:
         """Whether its time may be held against others."""
         return self.verdict in RANKED and self.median_s is not None
+
+
+Record = Callable[[Sequence[Row]], None]
+"""Takes rows as they are found."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.command import add_common, common_environment, device_of, start_logging
 from benchmarks.contestants import OURS
 from benchmarks.layer import measure_layer
-from benchmarks.results import Journal, Row
+from benchmarks.results import Journal, Record, Row
 from benchmarks.workloads import Case, Shape
 
 logger = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def measure_scaling(
     budget_s: float,
     deadline: float = math.inf,
     tiny: bool = False,
-    on_rows: Callable[[Sequence[Row]], None] | None = None,
+    on_rows: Record | None = None,
 ) -> list[Row]:
     """Rows of all sweeps: a full pass of each contestant at each size.
 

@@ -4,7 +4,7 @@ Letters: A micro-batches, B sequences in one, L tokens in a sequence.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from benchmarks.footprint import peak_bytes
 from benchmarks.layer import error_row, timing_fields
 from benchmarks.predecessor import predecessor_model, predecessor_optimizer, predecessor_step
-from benchmarks.results import Row
+from benchmarks.results import Record, Row
 from benchmarks.stopwatch import Work, interleave
 from moe_emergence.config import OptimConfig
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
@@ -185,7 +185,7 @@ def measure_training(
     *,
     budget_s: float,
     models: Sequence[str] = MODELS,
-    on_rows: Callable[[Sequence[Row]], None] | None = None,
+    on_rows: Record | None = None,
 ) -> list[Row]:
     """One row per model. The predecessor runs in fp32 whatever `precision`, as it did.
 
