@@ -12,8 +12,8 @@ from benchmarks.results import describe_environment
 from benchmarks.workloads import DTYPES
 
 SIZE = os.environ.get("BENCH_SIZE", "default")
-"""What `pytest --benchmark-only` runs: default, tiny (toys, for tests) or large (adds GPT-2 small on
-a CPU: minutes, 12 GB of memory)."""
+"""What `pytest --benchmark-only` runs: default, tiny (toys, for tests) or large (adds GPT-2 small
+on a CPU: minutes, 12 GB of memory)."""
 BUDGET_S = 0.05 if SIZE == "tiny" else 3.0
 """Seconds of timing for each group under pytest."""
 

@@ -13,7 +13,7 @@ from benchmarks.footprint import peak_bytes, saved_bytes
 from benchmarks.gate import Gate, Judgement, evaluate
 from benchmarks.peers import ENTRIES
 from benchmarks.results import Record, Row
-from benchmarks.roofline import Cost, layer_cost, measure_rates
+from benchmarks.roofline import Cost, Rates, layer_cost, measure_rates
 from benchmarks.stopwatch import Samples, Work, graph_median, interleave, synchronize
 from benchmarks.workloads import Case, Problem, make_problem
 
@@ -57,10 +57,12 @@ def measure_layer(
     """
     problem = make_problem(case, device)
     admitted, absent = admit(case, problem, entries)
-    costs = layer_cost(case, problem)
+    costs, rates = layer_cost(case, problem), measure_rates(device, case.dtype)
     rows: list[Row] = []
     for phase in phases:
-        timed = _measure_phase(case, problem, phase, admitted, costs[phase], budget_s / len(phases))
+        timed = _measure_phase(
+            case, problem, phase, admitted, costs[phase], rates, budget_s / len(phases)
+        )
         found = {
             row.contestant: row for row in (*timed, *(replace(r, phase=phase) for r in absent))
         }
@@ -156,6 +158,7 @@ def _measure_phase(
     phase: str,
     admitted: Sequence[Admitted],
     cost: Cost,
+    rates: Rates,
     budget_s: float,
 ) -> list[Row]:
     device = problem.x_TH.device.type
@@ -172,7 +175,7 @@ def _measure_phase(
             continue
         works[row.contestant], rows[row.contestant] = work, row
     samples = interleave(works, device, budget_s)
-    limit_s = cost.seconds(measure_rates(device, case.dtype))
+    limit_s = cost.seconds(rates)
     for name, timed in samples.items():
         rows[name] = replace(
             rows[name],

@@ -30,7 +30,7 @@ COLOURS = {
     "predecessor": "#17becf",
 }
 MARKERS = "os^DvP*X<>ph"
-_PLAIN = mpl.ticker.FuncFormatter(lambda value, _: f"{value:.3g}")
+_PLAIN = mpl.ticker.FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:.3g}")
 
 
 def draw_all(document: Document, folder: Path, suffix: str) -> list[str]:

@@ -4,7 +4,6 @@ Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 
 E experts, S = T*K routed rows.
 """
 
-import functools
 import time
 from dataclasses import dataclass
 
@@ -56,10 +55,14 @@ def layer_cost(case: Case, problem: Problem) -> dict[str, Cost]:
     return {"forward": forward, "backward": backward, "full": full}
 
 
-@functools.cache
 def measure_rates(device: str, dtype: str) -> Rates:
-    """Rates of `device` for `dtype`: the best of several runs, since a rate is what it can do."""
-    edge, copied = (8192, 2**30) if device == "cuda" else (1024, 2**27)
+    """Rates of `device` for `dtype` now: the best of several runs in a fraction of a second.
+
+    To be measured with each group, since clocks and neighbours change.
+    """
+    edge, copied = (1024, 2**27)
+    if device == "cuda":
+        edge, copied = (4096 if dtype == "fp32" else 8192, 2**30)
     a, b = (torch.randn(edge, edge, device=device).to(DTYPES[dtype]) for _ in range(2))
     source = torch.zeros(copied, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
