@@ -1,0 +1,144 @@
+"""Timing: contestants take turns, so that whatever slows the machine slows all of them."""
+
+import logging
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[], object]
+
+L2_BYTES = 256 * 2**20
+"""Written between two timed passes on CUDA; several times the L2 cache of any GPU so far."""
+MAX_ROUNDS = 200
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Seconds of one contestant, one entry per round."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """First and third quartile of the seconds."""
+        return quartiles(self.seconds)
+
+    def speedup_over(self, reference: "Samples") -> tuple[float, tuple[float, float]]:
+        """Median and quartiles of the reference's time over this one's, round by round."""
+        ratios = [r / s for r, s in zip(reference.seconds, self.seconds, strict=True)]
+        return statistics.median(ratios), quartiles(ratios)
+
+
+def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
+    """First and third quartile; of a single value, that value twice."""
+    if len(values) < 2:
+        return values[0], values[0]
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def interleave(works: Mapping[str, Work], device: str, budget_s: float) -> dict[str, Samples]:
+    """Time every work once per round, for about `budget_s` seconds (at least `MIN_ROUNDS` rounds).
+
+    Each round starts with another contestant, so that none always follows the same one. On CUDA
+    the times are those between two events on the stream, with the L2 cache overwritten before.
+    """
+    once_s = sum(_warm_up(work, device) for work in works.values())
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(once_s, 1e-6))))
+    names = list(works)
+    measure = _cuda_rounds if device == "cuda" else _cpu_rounds
+    order = [names[r % len(names) :] + names[: r % len(names)] for r in range(rounds)]
+    return {name: Samples(tuple(s)) for name, s in measure(works, order).items()}
+
+
+def graph_median(work: Work, rounds: int = 30) -> float | None:
+    """Median seconds of `work` replayed as a CUDA graph; None if it cannot be captured.
+
+    Work that waits for the host is recognised before the capture, which it would break.
+    """
+    graph = _capture(work)
+    if graph is None:
+        return None
+    samples = interleave({"graph": graph.replay}, "cuda", budget_s=0.002 * rounds)
+    del graph
+    return samples["graph"].median
+
+
+def _warm_up(work: Work, device: str) -> float:
+    """Seconds of a pass, after compilation, autotuning and first allocations."""
+    for _ in range(3 if device == "cuda" else 1):
+        work()
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _cpu_rounds(works: Mapping[str, Work], order: list[list[str]]) -> dict[str, list[float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for names in order:
+        for name in names:
+            start = time.perf_counter()
+            works[name]()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _cuda_rounds(works: Mapping[str, Work], order: list[list[str]]) -> dict[str, list[float]]:
+    cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {n: [] for n in works}
+    for names in order:
+        for name in names:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            cache.zero_()
+            start.record()
+            works[name]()
+            end.record()
+            events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {n: [a.elapsed_time(b) / 1e3 for a, b in pairs] for n, pairs in events.items()}
+
+
+def _capture(work: Work) -> torch.cuda.CUDAGraph | None:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    mode = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work()
+    except RuntimeError as error:
+        logger.debug("no graph: %s", error)
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        logger.debug("no graph: %s", error)
+        torch.cuda.synchronize()
+        return None
+    return graph
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device; nothing to do on a CPU."""
+    if device == "cuda":
+        torch.cuda.synchronize()
