@@ -84,7 +84,8 @@ def assert_dispatcher_as_accurate_as_sequential(name, shape, precision, activati
     torch.set_float32_matmul_precision(precision.matmul)
     kept = torch.float32 if precision.autocast else precision.dtype
     draws = []
-    for seed in range(2):
+    # the ratio of two errors needs many numbers
+    for seed in range(2 if tokens > 100 else 48):
         experts = Experts(num_experts, hidden, width, activation).cuda().to(kept)
         with torch.no_grad():
             for i, parameter in enumerate(experts.parameters()):

@@ -30,7 +30,6 @@ from kernel_cases import (
 from emergence_kernels import expert_mlp_loop, grouped_gemm, grouped_gemm_dw, reference
 from emergence_kernels.activations import activate
 from emergence_kernels.gpu.combine import combine
-from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.up_projection import up_projection
 from emergence_kernels.gpu.weight_gradient import weight_gradient
@@ -45,6 +44,14 @@ PLAN_IDS = ["small", "wide-tiles-in-no-groups", "persistent-tall-tiles", "persis
 def check(found, exact) -> None:
     """One result against its fp64 value."""
     assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+
+
+def one_per_block(dtype: torch.dtype) -> torch.Tensor:
+    """(1, 512): 2,048, then a one in each of the other 31 blocks of 16."""
+    row = torch.zeros(1, 512, dtype=dtype, device=KERNEL_DEVICE)
+    row[:, ::16] = 1
+    row[:, 0] = 2048
+    return row
 
 
 class TestUpProjection:
@@ -110,13 +117,13 @@ class TestRowProduct:
         self.run_and_check([3, 0, 19], 24, 40, config, transposed, bias)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_long_reductions_are_accumulated_in_fp32(self, dtype) -> None:
-        """4,096 ones: fp16 alone stops at 2,048."""
-        config = GemmConfig(16, 16, 512, warps=4, stages=1)
-        x, w = (torch.ones(s, dtype=dtype, device=KERNEL_DEVICE) for s in [(2, 4096), (1, 4096, 3)])
-        y = row_product(x, w, None, offsets_of([2]), config, "ieee")
+    def test_reductions_are_accumulated_in_fp32(self, dtype) -> None:
+        """2,048 and 31 times one, in a block of the reduction each: fp16 alone stays at 2,048."""
+        x = one_per_block(dtype).expand(2, 512).contiguous()
+        w = torch.ones(1, 512, 3, dtype=dtype, device=KERNEL_DEVICE)
+        y = row_product(x, w, None, offsets_of([2]), SMALL, "ieee")
         assert y.dtype == dtype
-        assert y.tolist() == [[4096] * 3] * 2
+        assert torch.equal(y, torch.full_like(y, 2079))
 
     def test_fp16_is_as_accurate_as_the_plain_path(self) -> None:
         draws = []
@@ -211,10 +218,11 @@ class TestWeightGradient:
     def test_no_rows_at_all(self) -> None:
         self.run_and_check([0, 0, 0], 9, 5, SMALL, "a", "contiguous")
 
-    def test_thousands_of_rows_are_summed_in_fp32(self) -> None:
-        """4,096 ones: fp16 alone stops at 2,048."""
-        config = GemmConfig(16, 16, 512, warps=4, stages=1)
-        ones = torch.ones(4096, 3, dtype=torch.float16, device=KERNEL_DEVICE)
-        dw = weight_gradient(ones, ones[:, :2], offsets_of([0, 4096]), config, "ieee")
-        assert dw.dtype == torch.float16
-        assert dw.tolist() == [[[0] * 2] * 3, [[4096] * 2] * 3]
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+    def test_rows_are_summed_in_fp32(self, dtype) -> None:
+        """2,048 and 31 times one, in a block of the reduction each: fp16 alone stays at 2,048."""
+        a = one_per_block(dtype).t().expand(512, 3).contiguous()
+        dw = weight_gradient(a, torch.ones_like(a), offsets_of([0, 512]), SMALL, "ieee")
+        assert dw.dtype == dtype
+        assert (dw[0] == 0).all()
+        assert torch.equal(dw[1], torch.full_like(dw[1], 2079))
