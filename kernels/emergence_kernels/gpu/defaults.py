@@ -108,8 +108,9 @@ def candidates(
 ) -> list[GemmConfig]:
     """What tuning may choose for one product, the default apart.
 
-    All compile for `TARGETS` without spilling, as `python -m emergence_kernels.gpu.resources
-    --configs all` checks; what `_fits` and `_spills` leave out would not.
+    Nothing for IEEE fp32, which has no matrix units to keep busy. The others compile for
+    `TARGETS` without spilling, as `python -m emergence_kernels.gpu.resources --configs all` checks;
+    what `_fits` and `_spills` leave out would not.
 
     Args:
         product: which of the five.
@@ -119,28 +120,24 @@ def candidates(
         precision: "ieee" or "tf32", which matters for fp32.
         gated: whether the activation multiplies two halves.
     """
+    if dtype == torch.float32 and precision == "ieee":
+        return []
     return [
         config
-        for block_m, block_n in _tiles(product, bucket, scalar=_is_scalar(dtype, precision))
+        for block_m, block_n in _tiles(product, bucket)
         for config in _variants(product, block_m, block_n, target, dtype, precision, gated=gated)
         if _fits(config, target, dtype) and not _spills(product, config, precision, gated=gated)
     ]
 
 
-def _is_scalar(dtype: torch.dtype, precision: str) -> bool:
-    """Whether products are computed without matrix units."""
-    return dtype == torch.float32 and precision == "ieee"
-
-
-def _tiles(product: Product, bucket: int, *, scalar: bool) -> list[tuple[int, int]]:
+def _tiles(product: Product, bucket: int) -> list[tuple[int, int]]:
     """(block_m, block_n) worth trying for experts of `bucket` rows."""
     if product == "weight_grad":
-        return [(64, 64), (64, 128)] if scalar else [(64, 128), (128, 128), (128, 256)]
-    rows = min(bucket, 64)
-    if scalar:
-        return [(rows, 32), (rows, 64)]
-    if bucket <= 64:
-        return [(rows, 64), (rows, 128), *([(64, 128)] if rows < 64 else [(64, 256)])]
+        return [(64, 128), (128, 128), (128, 256)]
+    if bucket < 64:
+        return [(bucket, 64), (bucket, 128), (64, 128)]
+    if bucket == 64:
+        return [(64, 64), (64, 128), (64, 256)]
     tiles = [(64, 128), (128, 64), (128, 128)]
     return tiles if product in _WIDE_EPILOGUE else [*tiles, (128, 256)]
 
@@ -159,9 +156,6 @@ def _variants(
     # the gated up projection keeps two accumulators
     per_warp = 64 * 64 if product == "up" and gated else 128 * 64
     warps = 4 if block_m * block_n <= per_warp else 8
-    if _is_scalar(dtype, precision):
-        base = GemmConfig(block_m, block_n, 16, 4, 2)
-        return [base, dataclasses.replace(base, persistent=True)]
     base = GemmConfig(block_m, block_n, 64 if dtype.itemsize == 2 else 32, warps, 3)
     if target.is_amd:
         base = dataclasses.replace(base, block_k=32, stages=2)
