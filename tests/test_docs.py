@@ -71,6 +71,11 @@ def tiny_train(words: list[str], data: Path, cache: Path) -> list[str]:
     return flags
 
 
+def tiny_verify(words: list[str]) -> list[str]:
+    """The words after `moe_emergence.verify`, in one arithmetic and with one activation."""
+    return [*words, "--dtype", "fp32", "--activation", "swiglu", "--cases", "1", "--device", "cpu"]
+
+
 def after_module(words: list[str]) -> list[str]:
     return words[words.index("moe_emergence.train") + 1 :]
 
@@ -107,6 +112,8 @@ def test_commands_work_one_after_another(
         if "moe_emergence.train" in words:
             place = words.index("moe_emergence.train") + 1
             words = [*words[:place], *tiny_train(words[place:], data_folder, cache_folder)]
+        if "moe_emergence.verify" in words:
+            words = tiny_verify(words)
         if words[0] in LAUNCHERS:
             words = ["python", "-m", LAUNCHERS[words[0]], *words[1:]]
         assert words[0] == "python", shown

@@ -46,7 +46,10 @@ for name in {modules()!r}:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("module", ["moe_emergence.train", "moe_emergence.generate"])
+ENTRY_POINTS = ("moe_emergence.train", "moe_emergence.generate", "moe_emergence.verify")
+
+
+@pytest.mark.parametrize("module", ENTRY_POINTS)
 def test_entry_points_run_as_modules_from_another_folder(command: Command, module: str) -> None:
     done = command("-m", module, "--help")
     assert done.returncode == 0, done.stderr

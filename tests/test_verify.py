@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 DTYPES = available_dtypes(CPU)
 NAMED = {(case.name, case.activation): case for case in grid(CPU)}
 SMALL = tuple(
-    NAMED[name, "gelu_tanh"] for name in ("top-1", "top-2", "empty experts", "T=130", "E=64 top-8")
+    NAMED[name, "gelu_tanh"]
+    for name in ("top-1", "top-2", "empty experts", "T=130", "T=2048", "constant experts")
 )
 
 
@@ -114,6 +115,32 @@ def ignores_weights(x_TH, decision, experts):
     return get_dispatcher("sequential")(x_TH, changed, experts)
 
 
+class _LowSum(torch.autograd.Function):
+    """Adds b to rows; its gradient is summed row by row in the dtype of the rows."""
+
+    @staticmethod
+    def forward(ctx, rows, b):
+        return rows + b
+
+    @staticmethod
+    def backward(ctx, gradient):
+        total = torch.zeros_like(gradient[:1].sum(0))
+        for row in gradient:
+            total = total + row
+        return gradient, total
+
+
+def low_precision_bias_sum(x_TH, decision, experts):
+    y_TH = torch.zeros(x_TH.shape)
+    for e, (w1, b1, w2, b2) in enumerate(experts.unbind()):
+        token_N, slot_N = torch.where(decision.topk_experts == e)
+        pre_NF = x_TH[token_N] @ w1 + b1
+        out_NH = torch.nn.functional.gelu(pre_NF, approximate="tanh") @ w2
+        weight_N1 = decision.topk_weights[token_N, slot_N].unsqueeze(-1)
+        y_TH = y_TH.index_add(0, token_N, _LowSum.apply(out_NH, b2).float() * weight_N1)
+    return y_TH.to(x_TH.dtype)
+
+
 def wrong_dtype(x_TH, decision, experts):
     return get_dispatcher("sequential")(x_TH, decision, experts).double()
 
@@ -157,6 +184,7 @@ BROKEN = {
     "weights ignored": (ignores_weights, "fp32", "y"),
     "bf16 combine": (low_precision_combine, "bf16", "y"),
     "fp16 combine": (low_precision_combine, "fp16", "y"),
+    "bf16 sum of a bias gradient": (low_precision_bias_sum, "bf16", "b2"),
     "NaN for an empty expert": (WithGradient("w1", empty_nan), "fp32", "w1: not finite"),
     "not zero for an empty expert": (WithGradient("b1", empty_nonzero), "fp32", "b1: not zero"),
     "wrong dtype": (wrong_dtype, "bf16", "y: torch.float64 instead of torch.bfloat16"),
@@ -211,7 +239,7 @@ def test_a_path_that_keeps_everything_is_heavy_only_where_light_is_promised() ->
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_definition_passes_everywhere(dtype) -> None:
-    light = [case for case in grid(CPU) if case.name not in ("realistic", "E=64 top-8")]
+    light = [case for case in grid(CPU, ["gelu_tanh"]) if case.name != "realistic"]
     certificate = judged(get_dispatcher("sequential"), dtype, light)
     assert certificate.certified
     assert certificate.count("passed") == len(light)
@@ -220,7 +248,7 @@ def test_the_definition_passes_everywhere(dtype) -> None:
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_random_cases_pass_whatever_the_seed(dtype, seed) -> None:
-    certificate = judged(get_dispatcher("fused"), dtype, random_cases(12, seed), seed)
+    certificate = judged(get_dispatcher("fused"), dtype, random_cases(8, seed), seed)
     assert certificate.certified, [r.note for r in certificate.rows if r.status == "failed"]
 
 
@@ -279,7 +307,7 @@ def test_cases_have_names_of_their_own_and_reasons() -> None:
     assert all(isinstance(case, Case) and case.reason for case in grid(CPU))
     one = grid(CPU, ["swiglu"])
     assert {case.activation for case in one} == {"swiglu"}
-    assert {case.name for case in one} == {name for name, _ in NAMED}
+    assert {case.name for case in one} == {name for name, _ in NAMED} - {"constant experts"}
 
 
 # the command ------------------------------------------------------------------------------------
@@ -294,7 +322,7 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path, capsys, mo
     assert code == 0, out
     assert out.splitlines()[-1].startswith("verdict: certified: fused, grouped on cpu (")
     assert "fused against sequential" in out
-    assert "refused, " in out
+    assert "refused: grouped, fp32 " in out
     content = json.loads(written.read_text())
     assert content["verdict"] == "certified"
     assert content["machine"]["torch"] == torch.__version__

@@ -41,6 +41,8 @@ class Case:
     dy_layout: Layout = "contiguous"
     frozen: Frozen = "nothing"
     """What wants no gradient."""
+    constant: bool = False
+    """Whether w2 is zero: an expert returns its bias, and all error is the combine's."""
 
 
 # fmt: off
@@ -70,6 +72,7 @@ _SHAPES = (
     Case("H=33 F=5", "odd widths: rows not of 16 bytes", 64, 33, 5, 4, 1),
     Case("H=8 F=8", "narrower than any tile", 64, 8, 8, 4, 2),
     Case("E=64 top-8", "fine-grained experts of few rows", 64, 32, 16, 64, 8),
+    Case("T=2048", "gradients that sum many rows", 2048, 16, 16, 2, 1),
 )
 _CALLS = (
     Case("x transposed", "tokens not contiguous", 96, 32, 64, 8, 1, x_layout="transposed"),
@@ -85,6 +88,8 @@ _CALLS = (
     Case("frozen router", "weights want no gradient", 96, 32, 64, 8, 2, routing="frozen"),
     Case("hash router", "weights 1/K without gradient", 96, 32, 64, 8, 2, routing="hash"),
 )
+_CONSTANT = Case("constant experts", "weights and sums of a token are rounded once",
+                 96, 32, 16, 16, 8, routing="given", constant=True)
 _REALISTIC = Case("realistic", "a layer of realistic proportions", 256, 96, 384, 8, 1)
 _PREDECESSOR = Case("predecessor", "GPT-2's own widths", 1024, 768, 3072, 8, 1)
 # fmt: on
@@ -94,9 +99,11 @@ def grid(device: torch.device, activations: Sequence[Activation] = ACTIVATIONS) 
     """Every shape with every activation (GELU has biases, SwiGLU none), every way to call a layer
     with one of them in turn."""
     shapes = (*_SHAPES, _PREDECESSOR if device.type == "cuda" else _REALISTIC)
+    constant = [_CONSTANT] if _CONSTANT.activation in activations else []
     turns = [activations[i % len(activations)] for i in range(len(_CALLS))]
     return [replace(case, activation=a) for case in shapes for a in activations] + [
-        replace(case, activation=a) for case, a in zip(_CALLS, turns, strict=True)
+        *constant,
+        *(replace(case, activation=a) for case, a in zip(_CALLS, turns, strict=True)),
     ]
 
 

@@ -123,7 +123,7 @@ def _compare(
         except Exception as error:  # noqa: BLE001 whatever it is, the other cases still run
             broken.update(dict.fromkeys(paths, ("failed", f"the definition: {_words(error)}")))
             break
-        for path in paths.keys() - broken.keys():
+        for path in [path for path in paths if path not in broken]:
             try:
                 ours = run_layer(case, problem, paths[path], arithmetic)
                 found[path].append(Draw(ours, sequential, exact))

@@ -10,7 +10,8 @@ standard deviation 1/sqrt(n). From 256 elements on, a path no worse than the def
 the low-precision factor, ln 1.5 = 0.41, by 6.5 standard deviations. Below 256 elements (a single
 token, a handful of routing weights) the factor is widened to stay as many away:
 `factor ** (16 / sqrt(n))`. The router's gradient of the task has as many independent errors as
-there are routing weights, T*K a draw, however many elements it has.
+there are routing weights, each as large as its weight sways the router (Satterthwaite's degrees
+of freedom), however many elements it has.
 
 **On the largest error** twice the factor is allowed. It catches what the mean hides, one wrong row
 among thousands. But the ratio of two maxima depends on two elements, and has been seen at 2.4 for
@@ -40,7 +41,7 @@ from torch import Tensor
 from emergence_kernels.activations import pre_activation_width
 from moe_emergence.certificate.arithmetic import Arithmetic
 from moe_emergence.certificate.cases import Case
-from moe_emergence.certificate.problem import Results
+from moe_emergence.certificate.problem import UNJUDGED, Results
 
 ENOUGH = 256
 """Elements from which on the ratio of two mean squares is trusted as it is."""
@@ -85,7 +86,9 @@ def additions(case: Case) -> int:
 def judge(draws: Sequence[Draw], arithmetic: Arithmetic, case: Case) -> list[Verdict]:
     """One verdict per tensor of the definition's results."""
     names = draws[0].exact.keys()
-    return [_judge_tensor(name, draws, arithmetic, case) for name in names if name != "experts"] + [
+    return [
+        _judge_tensor(name, draws, arithmetic, case) for name in names if name not in UNJUDGED
+    ] + [
         _wrong(name, "a gradient the definition does not have")
         for name in sorted(draws[0].found.keys() - names)
     ]
@@ -111,8 +114,10 @@ def _judge_tensor(name: str, draws: Sequence[Draw], arithmetic: Arithmetic, case
         total[0].add((_of(draw.found, name).double() - exact) / scale)
         total[1].add((_of(draw.sequential, name).double() - exact) / scale)
         # a uniform error's mean square is a third of the largest
-        precision = _precision(name, draw, arithmetic)
-        half_ulp = _half_ulp(exact, precision) / scale
+        # the auxiliary losses never leave the router, which is wide in every arithmetic
+        wide = name in ("router by balance", "router by z")
+        dtype = _of(draw.sequential, name).dtype if wide else arithmetic.computed
+        half_ulp = _half_ulp(exact, dtype) / scale
         if arithmetic.computed == torch.float32:
             half_ulp = half_ulp * max(1.0, terms(name, case) / 2) ** 0.5
         total[2].add(half_ulp / 3**0.5, largest=_largest(half_ulp))
@@ -123,7 +128,7 @@ def _judge_tensor(name: str, draws: Sequence[Draw], arithmetic: Arithmetic, case
         rms_bound, worst_bound = bound, bound
         ratio = worst[0] / bound if bound else worst[0]
     else:
-        independent = _independent(name, case, len(draws), elements)
+        independent = _independent(name, draws, elements)
         slack = max(1.0, (ENOUGH / max(independent, 1)) ** 0.5)
         own = max(rms[1:])
         rms_bound = arithmetic.factor**slack * own
@@ -158,13 +163,6 @@ class _Errors:
         return (self.squares / max(elements, 1)) ** 0.5
 
 
-def _precision(name: str, draw: Draw, arithmetic: Arithmetic) -> torch.dtype:
-    """What a correct result is rounded to: routing stays wide, everything else is computed low."""
-    if name.startswith("rout"):
-        return _of(draw.sequential, name).dtype
-    return arithmetic.computed
-
-
 def _half_ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest rounding error of every element; 0 of a zero."""
     exponent = torch.frexp(exact).exponent
@@ -172,10 +170,14 @@ def _half_ulp(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(exact == 0, torch.zeros_like(exact), torch.ldexp(unit, exponent))
 
 
-def _independent(name: str, case: Case, draws: int, elements: int) -> int:
-    if name == "router by task":
-        return min(elements, draws * case.tokens * case.top_k)
-    return elements
+def _independent(name: str, draws: Sequence[Draw], elements: int) -> float:
+    if name != "router by task":
+        return elements
+    variance = torch.cat([_of(draw.exact, "sway").square().flatten() for draw in draws])
+    top_k = _of(draws[0].exact, "sway").shape[1]
+    free = float(variance.sum().square() / variance.square().sum().clamp(min=1e-300))
+    # renormalised weights sum to 1: of K errors one is lost
+    return free if top_k == 1 else free * (top_k - 1) / top_k
 
 
 def _of(results: Results, name: str) -> Tensor:

@@ -17,6 +17,9 @@ from moe_emergence.moe.noise import RouterNoise
 Results = dict[str, Tensor | None]
 """Output and gradients by name; None for a gradient that did not come."""
 
+UNJUDGED = ("experts", "sway")
+"""Results that are no output: the chosen experts, and how much each choice moves the router."""
+
 FP64 = torch.float64
 
 _MARGIN = 0.02
@@ -82,6 +85,8 @@ def draw_problem(case: Case, arithmetic: Arithmetic, device: torch.device, seed:
             fan_in = {"w1": case.hidden, "w2": case.width, "weight": case.hidden / 4}
             scale = fan_in.get(name.split(".")[1], 1) ** -0.5
             value.copy_(torch.randn(value.shape, generator=rng, dtype=FP64) * scale)
+        if case.constant:
+            layer.experts.w2.zero_()
     pool = _pool(case, rng)
     layer = layer.to(arithmetic.stored)
     if case.routing in ("learned", "frozen"):
@@ -164,7 +169,11 @@ def run_layer(
     x_TH = problem.x_TH.detach().requires_grad_(case.frozen != "x")
     with arithmetic.active(x_TH.device):
         y_TH, decision = layer(x_TH, None, problem.token_ids_T)
-        results: Results = {"y": y_TH.detach(), "experts": decision.topk_experts}
+        results: Results = {
+            "y": y_TH.detach(),
+            "experts": decision.topk_experts,
+            "sway": _sway(decision),
+        }
         leaves: dict[str, Tensor] = {"x": x_TH, "routing weights": decision.topk_weights}
         leaves.update(layer.experts.named_parameters())
         if case.routing == "learned":
@@ -182,6 +191,14 @@ def run_layer(
         )
     results.update(zip(wanted, gradients, strict=True))
     return results
+
+
+def _sway(decision: RouterDecision) -> Tensor:
+    """(T, K) what a routing weight's gradient does to the router's: the derivative w (1 - w)."""
+    chosen_TK = decision.noisy_probs.detach().gather(1, decision.topk_experts)
+    if chosen_TK.shape[1] > 1:
+        chosen_TK = chosen_TK / chosen_TK.sum(dim=1, keepdim=True)
+    return chosen_TK * (1 - chosen_TK)
 
 
 def run_exact(case: Case, problem: Problem, fp64: Arithmetic) -> Results:

@@ -58,7 +58,7 @@ def _cell(rows: Sequence[Row]) -> Text:
 
 
 def summary_lines(certificate: Certificate, device: torch.device) -> list[str]:
-    """Failures one by one, refusals by reason, and the verdict as the last line."""
+    """Failures one by one, refusals by arithmetic, and the verdict as the last line."""
     lines = []
     for row in certificate.rows:
         if row.status == "failed":
@@ -66,14 +66,16 @@ def summary_lines(certificate: Certificate, device: torch.device) -> list[str]:
                 f"failed: {row.dispatch}, {row.dtype}, {row.name} ({row.settings['activation']}): "
                 f"{row.note}"
             )
-    for status in ("refused", "not promised"):
-        reasons: dict[tuple[str, str], int] = {}
-        for row in certificate.rows:
-            if row.status == status:
-                about = row.name if status == "not promised" else row.dtype
-                reasons.setdefault((about, row.note), 0)
-                reasons[about, row.note] += 1
-        lines += [f"{status}, {count}x {about}: {note}" for (about, note), count in reasons.items()]
+    apart: dict[tuple[str, str, str], list[str]] = {}
+    for row in certificate.rows:
+        if row.status == "refused":
+            apart.setdefault((row.status, row.dispatch, row.dtype), []).append(row.note)
+        elif row.status == "not promised":
+            place = f"{row.dtype}, {row.name}"
+            apart.setdefault((row.status, row.dispatch, place), []).append(row.note)
+    for (status, dispatch, place), notes in apart.items():
+        times = f" {len(notes)} times, first" if len(notes) > 1 else ""
+        lines.append(f"{status}: {dispatch}, {place}{times}: {notes[0]}")
     paths = ", ".join(dict.fromkeys(row.dispatch for row in certificate.rows))
     counts = ", ".join(f"{certificate.count(status)} {status}" for status in get_args(Status))
     word = "certified" if certificate.certified else "NOT CERTIFIED"
