@@ -149,8 +149,8 @@ def test_what_is_wanted_is_the_same_alone_and_the_rest_is_none(names) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_an_expert_does_not_see_the_numbers_of_another(bad, activation) -> None:
-    """Tokens use experts 1 and 2 or 0 and 3, and everything of the latter overflows: the rows before
-    and behind, and token 0, which stands in for the rows that a tile does not have."""
+    """Tokens use experts 1 and 2 or 0 and 3, and everything of the latter overflows: the rows
+    before and behind, and token 0, which stands in for the rows that a tile does not have."""
     shape = Shape(22, 9, 5, 4, 2, activation=activation)
     chosen = torch.tensor([[0, 3], [1, 2], [2, 1], [3, 0]]).repeat(6, 1)[:22]
     case = make_case(shape)._replace(permutation=permutation_of(chosen, 4))
