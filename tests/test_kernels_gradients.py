@@ -160,15 +160,16 @@ class TestOutputBiasGradient:
     def test_several_tiles(self, shape, dy_layout) -> None:
         self.run_and_check(shape, dy_layout)
 
-    def test_thousands_of_rows_are_summed_in_fp32(self) -> None:
-        """4,096 ones: fp16 alone stops at 2,048."""
+    def test_tiles_are_summed_in_fp32(self) -> None:
+        """2,048 and 63 times one, in a tile each: fp16 alone stays at 2,048."""
         case = make_case(Shape(4096, 3, 1, 2, 1, "same"), torch.float16)
-        ones = torch.ones_like(case.dy)
-        db2, _ = output_bias_gradient(
-            ones, torch.ones_like(case.weights), case.b2, case.permutation
-        )
-        assert db2.dtype == torch.float16
-        assert sorted(db2.tolist()) == [[0] * 3, [4096] * 3]
+        dy = torch.zeros(4096, 3, dtype=torch.float16, device=KERNEL_DEVICE)
+        dy[::64] = 1
+        dy[0] = 2048
+        db2, _ = output_bias_gradient(dy, torch.ones_like(case.weights), case.b2, case.permutation)
+        expected = torch.zeros_like(db2)
+        expected[int(case.permutation.expert_offsets[1] == 0)] = 2048 + 63
+        assert torch.equal(db2, expected)
 
 
 class TestSumOfTiles:
