@@ -4,7 +4,6 @@ import contextlib
 import io
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -14,12 +13,9 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
-from moe_emergence.errors import RunError
+from moe_emergence.errors import exit_code
 
 T = TypeVar("T")
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
 
 def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -57,11 +53,7 @@ def _first_message(box: str, prog: str) -> str:
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Call `main(argv)` and turn its errors into one line on stderr and an exit code.
-
-    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`),
-    `INTERRUPTED` for Ctrl-C. With `--debug` the traceback is shown instead.
-    """
+    """Set up logging, call `main(argv)` and return the exit code, see `errors.exit_code`."""
     logging.basicConfig(
         level=logging.WARNING,
         format="%(message)s",
@@ -71,20 +63,4 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     # a run has its own progress bar; those of every saved and loaded file would bury it
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-    try:
-        return main(argv)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except ValueError as error:
-        if "--debug" in argv:
-            raise
-        return _fail(str(error), 2)
-    except (RunError, OSError) as error:
-        if "--debug" in argv:
-            raise
-        return _fail(str(error), 1)
-
-
-def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
-    return code
+    return exit_code(main, argv)

@@ -1,4 +1,10 @@
-"""The one exception of our own: a failure while running that is not the user's setting."""
+"""How a command fails: the one exception of our own, and exit codes."""
+
+import sys
+from collections.abc import Callable
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
 
 class RunError(RuntimeError):
@@ -7,3 +13,28 @@ class RunError(RuntimeError):
     Bad settings raise `ValueError` instead. The command line turns a `ValueError` into exit code 2
     and a `RunError` into exit code 1, each with one line on stderr.
     """
+
+
+def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    """Call `main(argv)` and turn its errors into one line on stderr and an exit code.
+
+    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`),
+    `INTERRUPTED` for Ctrl-C. With `--debug` the traceback is shown instead.
+    """
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except ValueError as error:
+        if "--debug" in argv:
+            raise
+        return _fail(str(error), 2)
+    except (RunError, OSError) as error:
+        if "--debug" in argv:
+            raise
+        return _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> int:
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    return code

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from moe_emergence.analysis.expert_domain import plot_expert_domain
 from moe_emergence.analysis.summary import print_comparison
-from moe_emergence.command import INTERRUPTED, parse, run
+from moe_emergence.command import parse, run
 from moe_emergence.config import RunConfig
 from moe_emergence.domain_fractions import read_domain_fractions
+from moe_emergence.errors import INTERRUPTED
 from moe_emergence.presets import get_preset
 from moe_emergence.run_folder import RunFolder
 from moe_emergence.training.experiment import ExperimentResult, run_experiment

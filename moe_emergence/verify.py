@@ -1,10 +1,15 @@
-"""`python -m moe_emergence.verify`: certify that a path computes what is defined."""
+"""`python -m moe_emergence.verify`: certify that a path computes what is defined.
 
+Needs nothing but torch, Triton and rich, so that any machine with a GPU can run it.
+"""
+
+import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from rich.console import Console
@@ -25,9 +30,9 @@ from moe_emergence.certificate import (
     random_cases,
     summary_lines,
 )
-from moe_emergence.command import parse, run
-from moe_emergence.data.progress import progress_bar
+from moe_emergence.errors import exit_code
 from moe_emergence.moe.dispatch import Dispatcher, DispatchName, get_dispatcher
+from moe_emergence.progress import progress_bar
 from moe_emergence.settings import check, to_dict
 
 PROG = "python -m moe_emergence.verify"
@@ -44,12 +49,15 @@ class VerifyConfig:
     """Arithmetics; without it all that the device has."""
     activation: tuple[Activation, ...] = ACTIVATIONS
     """Activations of the experts; GELU comes with biases, SwiGLU without."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto is cuda where there is one."""
+    device: str = "auto"
+    """Where to run: auto (cuda where there is one), cpu or cuda."""
     cases: int = 10
     """Random cases on top of the fixed ones."""
     seed: int = 0
     """Seed of all numbers and of the random cases."""
+    jobs: int = 0
+    """Processes that share the cases; 0 takes one on a CPU and up to 12 on a GPU, where compiling
+    the kernels for so many shapes is what takes time."""
     json: str | None = None
     """File for the certificate with every figure and bound."""
     debug: bool = False
@@ -59,7 +67,14 @@ class VerifyConfig:
         check(bool(self.dispatch), "--dispatch", "of nothing", "name at least one path")
         check(bool(self.activation), "--activation", "of nothing", "name at least one")
         check(0 <= self.cases <= 10_000, "--cases", self.cases, "give a number from 0 to 10000")
+        check(0 <= self.jobs <= 256, "--jobs", self.jobs, "give a number from 0 to 256")
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
+        check(
+            self.device in ("auto", "cpu", "cuda"),
+            "--device",
+            self.device,
+            "give auto, cpu or cuda",
+        )
         check(
             self.device != "cuda" or torch.cuda.is_available(),
             "--device",
@@ -74,9 +89,44 @@ class VerifyConfig:
         )
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message.removeprefix('argument ')} (see {PROG} --help)")
+
+
+def parse_flags(argv: list[str]) -> VerifyConfig:
+    """The settings that the flags give.
+
+    Raises:
+        ValueError: for flags that cannot be used, in one line.
+    """
+    parser = _Parser(prog=PROG, description=" ".join((VerifyConfig.__doc__ or "").split()))
+    several: dict[str, tuple[Any, str]] = {
+        "dispatch": (DispatchName, "paths to certify (default: fused)"),
+        "dtype": (DtypeName, "arithmetics (default: all that the device has)"),
+        "activation": (Activation, "of the experts; GELU comes with biases, SwiGLU without"),
+    }
+    for name, (choices, text) in several.items():
+        parser.add_argument(f"--{name}", nargs="+", choices=get_args(choices), help=text)
+    parser.add_argument("--device", help="auto (cuda where there is one), cpu or cuda")
+    parser.add_argument("--cases", type=int, help="random cases on top of the fixed ones (10)")
+    parser.add_argument("--seed", type=int, help="of all numbers and of the random cases (0)")
+    parser.add_argument(
+        "--jobs", type=int, help="processes that share the cases (one on a CPU, up to 12 on a GPU)"
+    )
+    parser.add_argument("--json", help="file for the certificate with every figure and bound")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(parser.parse_args(argv)).items()
+        if value is not None
+    }
+    return VerifyConfig(**given)
+
+
 def main(argv: list[str]) -> int:
     """Certify as the flags say; 1 when something fails."""
-    config = parse(VerifyConfig, argv, PROG)
+    config = parse_flags(argv)
     on_cuda = config.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
     dtypes = config.dtype or available_dtypes(device)
@@ -85,8 +135,9 @@ def main(argv: list[str]) -> int:
     cases = grid(device, config.activation)
     cases += random_cases(config.cases, config.seed, config.activation)
     rows = properties(device)
+    jobs = config.jobs or (min(12, os.cpu_count() or 1) if on_cuda else 1)
     with progress_bar("verify", len(arithmetics) * (len(cases) + len(rows))) as advance:
-        certificate = certify(paths, cases, rows, arithmetics, device, config.seed, advance)
+        certificate = certify(paths, cases, rows, arithmetics, device, config.seed, advance, jobs)
     if config.json is not None:
         _write(Path(config.json), config, certificate, device)
     console = Console(markup=False, highlight=False)
@@ -111,4 +162,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    sys.exit(exit_code(main, sys.argv[1:]))

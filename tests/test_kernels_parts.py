@@ -21,10 +21,9 @@ from emergence_kernels.gpu.defaults import (
     TARGETS,
     candidates,
     default_plan,
-    rows_bucket,
     target_of,
 )
-from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan
+from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, rows_bucket
 from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
 from emergence_kernels.gpu.tiles import expert_tiles, grouped_order, locate_tile, tile_bound
 

@@ -1,13 +1,15 @@
 """Every case in every arithmetic through every path, judged; and the certificate that results."""
 
 import contextlib
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
 
-from moe_emergence.certificate.arithmetic import Arithmetic, get_arithmetic
+from moe_emergence.certificate.arithmetic import Arithmetic, DtypeName, get_arithmetic
 from moe_emergence.certificate.cases import Case
 from moe_emergence.certificate.judge import ENOUGH, Draw, Verdict, judge
 from moe_emergence.certificate.problem import Results, draw_problem, run_exact, run_layer
@@ -64,24 +66,56 @@ def certify(
     device: torch.device,
     seed: int = 0,
     advance: Callable[[float], None] = lambda amount: None,
+    jobs: int = 1,
 ) -> Certificate:
     """Judge every path in `paths`, by name.
 
     An exception is a failure of its row, and the rest still runs; a `ValueError` that begins with
     `--dispatch` is a path's own word that it does not take such a case. `advance` is called with 1
-    after every case or property in every arithmetic.
+    after every case or property in every arithmetic. With several `jobs` the cases are shared
+    among as many processes, which make the dispatchers anew from their names.
     """
     rows: list[Row] = []
-    for arithmetic in arithmetics:
-        for place, case in enumerate(cases):
-            with _one_thread(device):
-                rows += _compare(paths, case, arithmetic, device, 10_000 * seed + 20 * place)
+    tasks = [
+        (case, arithmetic.name, device, 10_000 * seed + 20 * place)
+        for arithmetic in arithmetics
+        for place, case in enumerate(cases)
+    ]
+    if jobs == 1:
+        for task in tasks:
+            rows += _compare_alone(paths, *task)
             advance(1)
+    else:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+            shares = [pool.submit(_compare_by_name, tuple(paths), *task) for task in tasks]
+            for share in shares:
+                rows += share.result()
+                advance(1)
+    for arithmetic in arithmetics:
         for row in properties:
             if row.promise is None or arithmetic.name in row.promise.dtypes:
                 rows += [_check(path, paths[path], row, arithmetic, device, seed) for path in paths]
             advance(1)
     return Certificate(tuple(rows))
+
+
+def _compare_by_name(
+    names: tuple[str, ...], case: Case, arithmetic: DtypeName, device: torch.device, seed: int
+) -> list[Row]:
+    paths = {name: get_dispatcher(name) for name in names}
+    return _compare_alone(paths, case, arithmetic, device, seed)
+
+
+def _compare_alone(
+    paths: Mapping[str, Dispatcher],
+    case: Case,
+    arithmetic: DtypeName,
+    device: torch.device,
+    seed: int,
+) -> list[Row]:
+    with _one_thread(device):
+        return list(_compare(paths, case, get_arithmetic(arithmetic, device), device, seed))
 
 
 @contextlib.contextmanager

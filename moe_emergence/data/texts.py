@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moe_emergence.data.progress import progress_bar
+from moe_emergence.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_emergence.config import DataConfig
-from moe_emergence.data.progress import progress_bar
 from moe_emergence.hub_access import check_model_reachable, reason
+from moe_emergence.progress import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
