@@ -34,7 +34,10 @@ from kernel_cases import (
 
 from emergence_kernels.gpu import expert_mlp as kernels
 
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 LAYOUTS = ("contiguous", "rows apart", "transposed", "strided", "expanded")
 
 
