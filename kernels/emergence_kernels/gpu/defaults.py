@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from triton.runtime.driver import driver
 
-from emergence_kernels.gpu.gemm_config import GemmConfig, GemmPlan, Product
+from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,10 @@ def _fits(config: GemmConfig, target: Target, dtype: torch.dtype) -> bool:
     return stage * config.stages + 2048 <= target.shared_bytes
 
 
-_TF32_SPILLS: frozenset[tuple[Product, tuple[int, int]]] = frozenset(
-    {("weight_grad", (128, 256)), ("activation_grad", (32, 64))}
+_TF32_SPILLS: tuple[tuple[Product, tuple[int, int]], ...] = (
+    ("activation_grad", (32, 64)),
+    ("input_grad", (64, 64)),
+    *((product, (128, 256)) for product in PRODUCTS),
 )
 
 
