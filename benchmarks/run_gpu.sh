@@ -5,10 +5,11 @@
 #
 # Needs the repository, torch, triton, transformers, numpy, pytest and hypothesis. Each stage has a
 # time limit; one that fails is recorded in DIR/stages.tsv and the next one runs. Exits 1 if any
-# failed. STAGES="tests certificate grid" chooses some; PYTHON names the interpreter.
+# failed. DIR gets six files. STAGES="tests certificate grid" chooses some of the stages, PYTHON
+# names the interpreter.
 set -uo pipefail
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; }
 
 out=
 while (($#)); do
@@ -26,6 +27,7 @@ cd "$(dirname "$0")/.." || exit 2
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD:$PWD/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 failed=0
+: > "$out/run.log"
 printf 'stage\texit\tseconds\n' > "$out/stages.tsv"
 
 # stage NAME LIMIT_S COMMAND...
@@ -33,9 +35,9 @@ stage() {
   local name=$1 limit=$2 code started=$SECONDS
   shift 2
   [[ " ${STAGES:-environment tests certificate grid} " == *" $name "* ]] || return 0
-  echo "== $name"
-  timeout --kill-after=10 "$limit" "$@" > >(tee "$out/$name.log") 2>&1
-  code=$?
+  echo "== $name" | tee -a "$out/run.log"
+  timeout --kill-after=10 "$limit" "$@" 2>&1 | tee -a "$out/run.log"
+  code=${PIPESTATUS[0]}
   printf '%s\t%d\t%d\n' "$name" "$code" "$((SECONDS - started))" >> "$out/stages.tsv"
   ((code == 0)) || failed=1
 }
@@ -43,8 +45,8 @@ stage() {
 stage environment 30 "$python" -c '
 import json, sys
 from benchmarks.results import describe_environment
-with open(sys.argv[1], "w") as file:
-    json.dump(describe_environment("cuda"), file, indent=1)
+record = json.dumps(describe_environment("cuda"), indent=1)
+open(sys.argv[1], "w").write(record + "\n")
 ' "$out/environment.json"
 
 # compiling kernels for every shape takes most of the time: one process per file shares the cores
