@@ -31,7 +31,7 @@ MIXED_PLAN = GemmPlan(
 )
 """Another tile for every product, so that none can pass with its neighbour's."""
 INPUTS = ("x", "weights", "w1", "b1", "w2", "b2")
-# relative to the largest value of a result: an error of structure is of order one
+# relative to the numbers that are summed: an error of structure is of order one
 STRUCTURE = {torch.float32: 2e-5, torch.float16: 2e-2}
 
 

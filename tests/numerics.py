@@ -101,8 +101,13 @@ def laid_out(tensor: Tensor, layout: str) -> Tensor:
     return tensor
 
 
-def assert_close(found: Results, expected: Results, tolerance: float = 1e-10) -> None:
-    """Largest difference relative to the largest value, both finite."""
+def assert_close(
+    found: Results, expected: Results, tolerance: float = 1e-10, least: float = 0.0
+) -> None:
+    """Largest difference relative to the largest value, both finite.
+
+    `least` is the size of what is summed: results that cancel are not held to less.
+    """
     assert found.keys() == expected.keys()
     for name, theirs in expected.items():
         ours = found[name]
@@ -114,7 +119,8 @@ def assert_close(found: Results, expected: Results, tolerance: float = 1e-10) ->
         assert ours.isfinite().all(), name
         if theirs.numel():
             difference = (ours - theirs).abs().max()
-            assert difference <= tolerance * theirs.abs().max(), f"{name}: off by {difference:.3g}"
+            largest = max(float(theirs.abs().max()), least)
+            assert difference <= tolerance * largest, f"{name}: off by {difference:.3g}"
 
 
 def assert_as_accurate(

@@ -49,7 +49,7 @@ def test_every_shape_plan_and_layout_gives_what_the_twin_gives(
     case = make_case(shape, seed=seed, x_layout=x_layout, dy_layout=dy_layout)
     with poisoned_empty(guarded=True):
         found = by_kernels(case, plan)
-    assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32])
+    assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32], least=1)
 
 
 EDGES = {
@@ -73,7 +73,7 @@ def test_edges(shape, activation) -> None:
     case = make_case(dataclasses.replace(shape, activation=activation))
     with poisoned_empty(guarded=True):
         found = by_kernels(case, MIXED_PLAN)
-    assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32])
+    assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32], least=1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -113,7 +113,7 @@ def test_the_default_plan_computes_the_same(dtype) -> None:
     plan = kernels.plan_for(case.x, case.w1, case.permutation, case.activation, "")
     with poisoned_empty(guarded=True):
         found = by_kernels(case, plan)
-    assert_close(found, rounded(exactly(case), case), STRUCTURE[dtype])
+    assert_close(found, rounded(exactly(case), case), STRUCTURE[dtype], least=1)
 
 
 def test_a_given_plan_is_the_one_taken() -> None:
@@ -186,7 +186,7 @@ def test_layouts_of_tokens_and_their_gradient(layout) -> None:
     case = make_case(Shape(4, 9, 5, 2, 2), x_layout=layout, dy_layout=layout)
     with poisoned_empty(guarded=True):
         found = by_kernels(case)
-    assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32])
+    assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32], least=1)
 
 
 def test_weights_biases_and_routing_weights_may_have_any_strides() -> None:

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:Runt
 
 def check(found, exact) -> None:
     """One result against its fp64 value."""
-    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype], least=1)
 
 
 def pre_activations(case, shape):

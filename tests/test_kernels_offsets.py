@@ -57,7 +57,7 @@ def whole(*values: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
 
 
 def check(found: torch.Tensor, exact: torch.Tensor) -> None:
-    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype], least=1)
 
 
 def far_rows(width: int, seed: int = 0) -> torch.Tensor:

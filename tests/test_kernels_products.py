@@ -43,7 +43,7 @@ PLAN_IDS = ["small", "wide-tiles-in-no-groups", "persistent-tall-tiles", "persis
 
 def check(found, exact) -> None:
     """One result against its fp64 value."""
-    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype])
+    assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype], least=1)
 
 
 def one_per_block(dtype: torch.dtype) -> torch.Tensor:

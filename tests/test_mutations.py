@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS, PACKAGE, REPOSITORY
+from conftest import REPOSITORY
+from mutants import MUTATIONS, PACKAGE
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -26,10 +27,12 @@ def test_names_are_unique() -> None:
     assert len(set(names)) == len(names)
 
 
-def test_every_kernel_file_of_the_expert_mlp_has_mutants() -> None:
-    with_kernels = {
-        path.name
-        for path in (REPOSITORY / PACKAGE / "gpu").glob("*.py")
-        if "@triton.jit" in path.read_text(encoding="utf-8")
-    }
-    assert with_kernels <= {Path(mutation.file).name for mutation in MUTATIONS}
+def test_every_file_of_kernels_that_the_expert_mlp_takes_has_mutants() -> None:
+    sources = {path.stem: path.read_text() for path in (REPOSITORY / PACKAGE / "gpu").glob("*.py")}
+    taken, found = set(), {"expert_mlp"}
+    while taken != found:
+        taken = set(found)
+        found |= {n for n in sources if any(f"gpu.{n} import" in sources[t] for t in taken)}
+    with_kernels = {name for name in taken if "@triton.jit" in sources[name]}
+    assert {"tiles", "combine", "activation_functions"} <= with_kernels
+    assert with_kernels <= {Path(mutation.file).stem for mutation in MUTATIONS}

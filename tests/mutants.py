@@ -1,0 +1,547 @@
+"""Ways to break the expert MLP, each of which a test has to notice; `mutations.py` tries them.
+
+A file whose kernels are new gets a list of its own here and its tests in `TESTS_OF_FILE`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "kernels/emergence_kernels"
+PARTS, PRODUCTS, GRADIENTS, OFFSETS, WHOLE = (
+    f"tests/test_kernels_{name}.py"
+    for name in ("parts", "products", "gradients", "offsets", "expert_mlp")
+)
+TESTS_OF_FILE = {
+    # those that are closest to the file come first
+    "gpu/tiles.py": (PARTS, PRODUCTS, GRADIENTS, WHOLE),
+    "gpu/activation_functions.py": (PARTS, WHOLE),
+    "gpu/up_projection.py": (PRODUCTS, WHOLE),
+    "gpu/row_product.py": (PRODUCTS, WHOLE),
+    "gpu/combine.py": (PRODUCTS, WHOLE),
+    "gpu/weight_gradient.py": (PRODUCTS, WHOLE),
+    "gpu/activation_gradient.py": (GRADIENTS, WHOLE),
+    "gpu/small_gradients.py": (GRADIENTS, WHOLE),
+    "gpu/expert_mlp.py": (WHOLE,),
+}
+LOOP_TESTS = ("tests/test_kernels_ops.py", "tests/test_moe_dispatch.py")
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One way to break a file."""
+
+    name: str
+    file: str
+    """Below `kernels/emergence_kernels`."""
+    old: str
+    new: str
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Test files that have to notice."""
+        tests = TESTS_OF_FILE.get(self.file, LOOP_TESTS)
+        return (OFFSETS, *tests) if "32-bit" in self.name else tests
+
+    @property
+    def path(self) -> str:
+        return f"{PACKAGE}/{self.file}"
+
+    def apply(self, root: Path) -> None:
+        """Change the file under `root`, in which the text has to occur exactly once."""
+        path = root / self.path
+        source = path.read_text(encoding="utf-8")
+        found = source.count(self.old)
+        if found != 1:
+            raise ValueError(f"{self.name}: its text occurs {found} times in {self.path}")
+        path.write_text(source.replace(self.old, self.new), encoding="utf-8")
+
+
+TILES = [
+    Mutation("tile-of-the-expert-before", "gpu/tiles.py", "tiles_E <= tile_m", "tiles_E < tile_m"),
+    Mutation(
+        "tiles-counted-from-the-first-expert",
+        "gpu/tiles.py",
+        "start + (tile_m - tiles_before) * BLOCK_M",
+        "start + tile_m * BLOCK_M",
+    ),
+    Mutation(
+        "tile-bound-without-the-wasted-tiles",
+        "gpu/tiles.py",
+        " + max(min(num_experts, num_rows) - 1, 0)",
+        "",
+    ),
+    Mutation(
+        "offsets-read-beyond-the-last-expert",
+        "gpu/tiles.py",
+        "expert_offsets_ptr + e + 1, mask=e < E, other=0",
+        "expert_offsets_ptr + e + 1",
+    ),
+    Mutation(
+        "last-group-of-tiles-not-shortened",
+        "gpu/tiles.py",
+        "tl.minimum(num_tiles_m - first_m, GROUP_M)",
+        "GROUP_M",
+    ),
+    Mutation(
+        "no-tail-mask-of-the-reduction-on-rows",
+        "gpu/tiles.py",
+        "tl.load(a_ptrs, mask=k[None, :] < K - start, other=0.0)",
+        "tl.load(a_ptrs)",
+    ),
+    Mutation(
+        "no-tail-mask-of-the-reduction-on-weights",
+        "gpu/tiles.py",
+        "tl.load(w_ptrs, mask=k[:, None] < K - start, other=0.0)",
+        "tl.load(w_ptrs)",
+    ),
+    Mutation(
+        "wrong-stride-along-the-reduction",
+        "gpu/tiles.py",
+        "w_ptrs += BLOCK_K * STRIDE_K",
+        "w_ptrs += BLOCK_K",
+    ),
+    Mutation(
+        "accumulated-in-the-input-dtype",
+        "gpu/tiles.py",
+        "accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION)",
+        "accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION)"
+        ".to(a.dtype).to(tl.float32)",
+    ),
+]
+UP_PROJECTION = [
+    Mutation(
+        "up-no-row-tail-mask",
+        "gpu/up_projection.py",
+        "inside = (row < end)[:, None] & (column < F)[None, :]",
+        "inside = (row >= 0)[:, None] & (column < F)[None, :]",
+    ),
+    Mutation(
+        "up-no-column-mask",
+        "gpu/up_projection.py",
+        "inside = (row < end)[:, None] & (column < F)[None, :]",
+        "inside = (row < end)[:, None] & (column >= 0)[None, :]",
+    ),
+    Mutation("up-bias-dropped", "gpu/up_projection.py", "pre += tl.load(b1", "tl.load(b1"),
+    Mutation(
+        "up-bias-of-the-gate-on-the-up-half",
+        "gpu/up_projection.py",
+        "b1_ptr + expert * P + F + column % F",
+        "b1_ptr + expert * P + column % F",
+    ),
+    Mutation(
+        "up-SwiGLU-halves-swapped",
+        "gpu/up_projection.py",
+        "silu(pre)[0] * up",
+        "silu(up)[0] * pre",
+    ),
+    Mutation(
+        "up-32-bit-offset-of-the-results-row",
+        "gpu/up_projection.py",
+        "wide_row = row.to(tl.int64)[:, None]",
+        "wide_row = row[:, None]",
+    ),
+    Mutation(
+        "up-32-bit-offset-of-the-token",
+        "gpu/up_projection.py",
+        "token = tl.load(token_idx_ptr + row, mask=row < end, other=0)",
+        "token = tl.load(token_idx_ptr + row, mask=row < end, other=0).to(tl.int32)",
+    ),
+    Mutation(
+        "up-persistent-programs-skip-tiles",
+        "gpu/up_projection.py",
+        "tiles_m * tiles_n, tl.num_programs(0))",
+        "tiles_m * tiles_n, tl.num_programs(0) + 1)",
+    ),
+    Mutation(
+        "up-activation-of-the-rounded-pre-activation",
+        "gpu/up_projection.py",
+        "act = gelu_tanh(pre)[0]",
+        "act = gelu_tanh(pre.to(pre_ptr.dtype.element_ty).to(tl.float32))[0]",
+    ),
+]
+ROW_PRODUCT = [
+    Mutation(
+        "rows-transposed-flag-ignored",
+        "gpu/row_product.py",
+        "= I if TRANSPOSED else 1",
+        "= 1",
+    ),
+    Mutation("rows-bias-dropped", "gpu/row_product.py", "y += tl.load(bias", "tl.load(bias"),
+    Mutation(
+        "rows-bias-of-the-first-expert-for-all",
+        "gpu/row_product.py",
+        "bias_ptr + expert * O",
+        "bias_ptr + 0 * O",
+    ),
+    Mutation(
+        "rows-32-bit-offset-of-the-weight",
+        "gpu/row_product.py",
+        "w_ptr + expert * (I * O)",
+        "w_ptr + expert.to(tl.int32) * (I * O)",
+    ),
+    Mutation(
+        "rows-32-bit-offset-of-the-row",
+        "gpu/row_product.py",
+        "tl.where(row < end, row, 0).to(tl.int64)",
+        "tl.where(row < end, row, 0)",
+    ),
+    Mutation(
+        "rows-no-row-tail-mask",
+        "gpu/row_product.py",
+        "mask=(row < end)[:, None] & (column < O)[None, :]",
+        "mask=(column < O)[None, :]",
+    ),
+    Mutation(
+        "rows-no-column-mask",
+        "gpu/row_product.py",
+        "mask=(row < end)[:, None] & (column < O)[None, :]",
+        "mask=(row < end)[:, None]",
+    ),
+]
+COMBINE = [
+    Mutation(
+        "combine-last-slot-dropped",
+        "gpu/combine.py",
+        "tl.static_range(K)",
+        "tl.static_range(K - 1 if K > 1 else K)",
+    ),
+    Mutation(
+        "combine-weights-ignored",
+        "gpu/combine.py",
+        "part = part * weight.to(tl.float32)[:, None]",
+        "part = part * 1.0",
+    ),
+    Mutation(
+        "combine-rounded-after-every-slot",
+        "gpu/combine.py",
+        "total += part",
+        "total = (total + part).to(y_ptr.dtype.element_ty).to(tl.float32)",
+    ),
+    Mutation(
+        "combine-32-bit-offset-of-the-row",
+        "gpu/combine.py",
+        "rows_ptr + row[:, None] * H",
+        "rows_ptr + row.to(tl.int32)[:, None] * H",
+    ),
+    Mutation(
+        "combine-no-column-mask",
+        "gpu/combine.py",
+        "(t < num_tokens)[:, None] & (h < H)[None, :]",
+        "(t < num_tokens)[:, None] & (h >= 0)[None, :]",
+    ),
+]
+ACTIVATION_GRADIENT = [
+    Mutation(
+        "through-weight-missing-in-the-pre-activations-gradient",
+        "gpu/activation_gradient.py",
+        "dact *= scale[:, None]",
+        "dact *= 1.0",
+    ),
+    Mutation(
+        "through-weight-missing-in-dW2s-factor",
+        "gpu/activation_gradient.py",
+        "(act * scale[:, None])",
+        "act",
+    ),
+    Mutation(
+        "through-other-rows-not-masked-out",
+        "gpu/activation_gradient.py",
+        "dact = tl.where(inside, dact, 0.0)",
+        "dact = dact + 0.0",
+    ),
+    Mutation(
+        "through-gates-slope-without-the-up-half",
+        "gpu/activation_gradient.py",
+        "slope = slope * up",
+        "slope = slope * 1.0",
+    ),
+    Mutation(
+        "through-halves-of-the-gradient-in-one-place",
+        "gpu/activation_gradient.py",
+        "dup_ptrs = dpre_ptr + pre_offsets + F",
+        "dup_ptrs = dpre_ptr + pre_offsets",
+    ),
+    Mutation(
+        "through-up-halfs-gradient-from-the-rows-of-the-gates-bias",
+        "gpu/activation_gradient.py",
+        "tile_m.to(tl.int64) * P + F + column",
+        "tile_m.to(tl.int64) * P + column",
+    ),
+    Mutation(
+        "through-slot-for-token",
+        "gpu/activation_gradient.py",
+        "slot // K * STRIDE_DY",
+        "slot * STRIDE_DY",
+    ),
+    Mutation(
+        "through-32-bit-offset-of-the-token",
+        "gpu/activation_gradient.py",
+        "slot // K * STRIDE_DY",
+        "(slot // K).to(tl.int32) * STRIDE_DY",
+    ),
+    Mutation(
+        "through-32-bit-offset-of-the-row",
+        "gpu/activation_gradient.py",
+        "wide_row = row.to(tl.int64)[:, None]",
+        "wide_row = row[:, None]",
+    ),
+    Mutation(
+        "through-32-bit-offset-of-the-weight",
+        "gpu/activation_gradient.py",
+        "w2_ptr + expert * (F * H)",
+        "w2_ptr + expert.to(tl.int32) * (F * H)",
+    ),
+    Mutation(
+        "through-column-tiles-share-one-row-of-partial-sums",
+        "gpu/activation_gradient.py",
+        "dscale_ptr + tile_n.to(tl.int64) * num_rows + row",
+        "dscale_ptr + row",
+    ),
+    Mutation(
+        "through-quarters-of-a-tile-in-the-wrong-order",
+        "gpu/activation_gradient.py",
+        "left if half == 0 else right",
+        "right if half == 0 else left",
+    ),
+]
+WEIGHT_GRADIENT = [
+    Mutation(
+        "dW-one-row-of-the-next-expert",
+        "gpu/weight_gradient.py",
+        "mine = row < end",
+        "mine = row < end + 1",
+    ),
+    Mutation(
+        "dW-nothing-written-for-an-expert-without-rows",
+        "gpu/weight_gradient.py",
+        "mask=(i < I)[:, None] & (o < O)[None, :]",
+        "mask=(i < I)[:, None] & (o < O)[None, :] & (start < end)",
+    ),
+    Mutation(
+        "dW-right-factor-not-gathered",
+        "gpu/weight_gradient.py",
+        "if GATHER_B else row.to(tl.int64)",
+        "if False else row.to(tl.int64)",
+    ),
+    Mutation(
+        "dW-left-factors-tail-rows-not-masked",
+        "gpu/weight_gradient.py",
+        "(i % I)[None, :], mask=mine[:, None], other=0.0",
+        "(i % I)[None, :]",
+    ),
+    Mutation(
+        "dW-no-column-mask",
+        "gpu/weight_gradient.py",
+        "mask=(i < I)[:, None] & (o < O)[None, :]",
+        "mask=(i < I)[:, None] & (o >= 0)[None, :]",
+    ),
+    Mutation(
+        "dW-accumulated-in-the-input-dtype",
+        "gpu/weight_gradient.py",
+        "accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)",
+        "accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)"
+        ".to(a.dtype).to(tl.float32)",
+    ),
+    Mutation(
+        "dW-tile-of-another-expert",
+        "gpu/weight_gradient.py",
+        "expert = tile // (tiles_m * tiles_n)",
+        "expert = tile % E",
+    ),
+]
+SMALL_GRADIENTS = [
+    Mutation(
+        "routing-weights-gradient-without-the-bias",
+        "gpu/small_gradients.py",
+        "total += tl.load(bias_dscale_ptr + row, mask=inside, other=0.0)",
+        "total += 0.0",
+    ),
+    Mutation(
+        "routing-weights-gradient-in-sorted-order",
+        "gpu/small_gradients.py",
+        "tl.store(dweights_ptr + slot",
+        "tl.store(dweights_ptr + row",
+    ),
+    Mutation(
+        "routing-weights-gradient-32-bit-offset-of-the-column-tile",
+        "gpu/small_gradients.py",
+        "n * num_rows.to(tl.int64)",
+        "n * num_rows",
+    ),
+    Mutation(
+        "routing-weights-gradient-of-the-first-column-tile-only",
+        "gpu/small_gradients.py",
+        "for n in range(N):",
+        "for n in range(1):",
+    ),
+    Mutation(
+        "sum-of-tiles-last-tile-dropped",
+        "gpu/small_gradients.py",
+        "range(last - count, last, TILES_AT_ONCE)",
+        "range(last - count, last - 1, TILES_AT_ONCE)",
+    ),
+    Mutation(
+        "sum-of-tiles-the-next-experts-tiles-included",
+        "gpu/small_gradients.py",
+        "(tile < last)[:, None] & (w < W)[None, :]",
+        "(w < W)[None, :]",
+    ),
+    Mutation(
+        "sum-of-tiles-32-bit-offset-of-the-tile",
+        "gpu/small_gradients.py",
+        "tile.to(tl.int64)[:, None] * W",
+        "tile[:, None] * W",
+    ),
+    Mutation(
+        "db2-without-the-routing-weight",
+        "gpu/small_gradients.py",
+        "tl.sum(dy * scale, 0)",
+        "tl.sum(dy, 0)",
+    ),
+    Mutation(
+        "db2-32-bit-offset-of-the-token",
+        "gpu/small_gradients.py",
+        "(slot // K)[:, None] * STRIDE_DY",
+        "(slot // K).to(tl.int32)[:, None] * STRIDE_DY",
+    ),
+]
+ACTIVATIONS = [
+    Mutation("derivative-of-GELU-wrong", "gpu/activation_functions.py", "0.134145", "0.044715"),
+    Mutation(
+        "derivative-of-GELU-by-cancellation",
+        "gpu/activation_functions.py",
+        "tl.sigmoid(-u)",
+        "(1.0 - gate)",
+    ),
+    Mutation(
+        "derivative-of-SiLU-wrong",
+        "gpu/activation_functions.py",
+        "gate * (1.0 + x * (1.0 - gate))",
+        "gate * (1.0 - x * (1.0 - gate))",
+    ),
+]
+ASSEMBLY = [
+    Mutation(
+        "forward-without-b2",
+        "gpu/expert_mlp.py",
+        "act_SF, w2_EFH.contiguous(), b2_EH,",
+        "act_SF, w2_EFH.contiguous(), None,",
+    ),
+    Mutation(
+        "db1-dropped",
+        "gpu/expert_mlp.py",
+        "db1 = sum_of_tiles(",
+        "db1 = 0 * sum_of_tiles(",
+    ),
+    Mutation(
+        "db2-dropped",
+        "gpu/expert_mlp.py",
+        "db2 if want_b2 else None",
+        "0 * db2 if want_b2 else None",
+    ),
+    Mutation(
+        "db1-summed-with-another-products-tiles",
+        "gpu/expert_mlp.py",
+        "plan.activation_grad.block_m",
+        "plan.up.block_m",
+    ),
+    Mutation(
+        "w1s-strides-taken-for-contiguous",
+        "gpu/expert_mlp.py",
+        "        w1_EHP.contiguous(),\n",
+        "        w1_EHP,\n",
+    ),
+    Mutation(
+        "xs-columns-taken-for-contiguous",
+        "gpu/expert_mlp.py",
+        "        with_contiguous_rows(x_TH),\n",
+        "        x_TH,\n",
+    ),
+    Mutation(
+        "dys-columns-taken-for-contiguous",
+        "gpu/expert_mlp.py",
+        "with_contiguous_rows(x_TH), with_contiguous_rows(dy_TH)",
+        "with_contiguous_rows(x_TH), dy_TH",
+    ),
+    Mutation(
+        "biass-part-of-the-routing-weights-gradient-lost",
+        "gpu/expert_mlp.py",
+        "through.dscale_NS, bias_dscale_S,",
+        "through.dscale_NS, None,",
+    ),
+]
+LOOP = [
+    Mutation(
+        "loop-routing-weights-gradient-without-the-bias",
+        "expert_mlp_loop.py",
+        "dscale_S + (dy_SH * bias_SH).sum(dim=1, dtype=wide)",
+        "dscale_S + 0 * (dy_SH * bias_SH).sum(dim=1, dtype=wide)",
+    ),
+    Mutation(
+        "loop-routing-weight-missing-in-dW2",
+        "expert_mlp_loop.py",
+        "scaled_dy_SH = _scaled(dy_SH, scale_S1)",
+        "scaled_dy_SH = dy_SH",
+    ),
+    Mutation(
+        "loop-routing-weight-missing-in-the-pre-activations-gradient",
+        "expert_mlp_loop.py",
+        "activate_backward(_scaled(dact_SF, scale_S1), pre_SP, activation)",
+        "activate_backward(dact_SF, pre_SP, activation)",
+    ),
+    Mutation(
+        "loop-sorted-rows-taken-for-tokens",
+        "expert_mlp_loop.py",
+        "dy_SH = dy_TH[token_idx_S]",
+        "dy_SH = dy_TH[token_idx_S.sort().values]",
+    ),
+    Mutation(
+        "loop-db1-of-the-next-gradients-rows",
+        "expert_mlp_loop.py",
+        "db1 = grouped_sum(dpre_SP, offsets)",
+        "db1 = grouped_sum(dpre_SP.roll(1, 0), offsets)",
+    ),
+    Mutation(
+        "loop-combined-in-the-input-dtype",
+        "expert_mlp_loop.py",
+        "rows_TKH.sum(dim=1, dtype=wide).to(rows_SH.dtype)",
+        "rows_TKH.to(rows_SH.dtype).sum(dim=1)",
+    ),
+    Mutation(
+        "loop-last-slot-dropped",
+        "expert_mlp_loop.py",
+        "return rows_TKH.sum(dim=1,",
+        "return rows_TKH[:, :-1].sum(dim=1,",
+    ),
+    Mutation(
+        "loop-forward-without-b2",
+        "expert_mlp_loop.py",
+        "w2_EFH, offsets, b2_EH)",
+        "w2_EFH, offsets, None)",
+    ),
+    Mutation(
+        "loop-SwiGLU-halves-swapped-in-the-gradient",
+        "activations.py",
+        "grad_gate_SF, grad_up_SF = grad_SP.chunk(2, dim=-1)",
+        "grad_up_SF, grad_gate_SF = grad_SP.chunk(2, dim=-1)",
+    ),
+    Mutation(
+        "loop-unwritten-gradient-of-experts-without-rows",
+        "grouped_gemm.py",
+        "torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])",
+        "a == b or torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])",
+    ),
+    Mutation("unstable-sort", "permutation.py", "stable=True", "stable=False"),
+]
+MUTATIONS = [
+    *TILES,
+    *UP_PROJECTION,
+    *ROW_PRODUCT,
+    *COMBINE,
+    *ACTIVATION_GRADIENT,
+    *WEIGHT_GRADIENT,
+    *SMALL_GRADIENTS,
+    *ACTIVATIONS,
+    *ASSEMBLY,
+    *LOOP,
+]
