@@ -22,6 +22,10 @@ TESTS_OF_FILE = {
     "gpu/activation_gradient.py": (GRADIENTS, WHOLE),
     "gpu/small_gradients.py": (GRADIENTS, WHOLE),
     "gpu/expert_mlp.py": (WHOLE,),
+    "gpu/descriptors.py": ("tests/test_kernels_descriptors.py",),
+    "gpu/routing.py": ("tests/test_kernels_routing.py",),
+    "gpu/routing_gradient.py": ("tests/test_kernels_routing.py",),
+    "gpu/permutation.py": ("tests/test_kernels_routing.py",),
 }
 LOOP_TESTS = ("tests/test_kernels_ops.py", "tests/test_moe_dispatch.py")
 
@@ -270,14 +274,14 @@ ACTIVATION_GRADIENT = [
     Mutation(
         "through-slot-for-token",
         "gpu/activation_gradient.py",
-        "slot // K * STRIDE_DY",
-        "slot * STRIDE_DY",
+        "slot // K * STRIDE_DY, w2_ptr + expert",
+        "slot * STRIDE_DY, w2_ptr + expert",
     ),
     Mutation(
         "through-32-bit-offset-of-the-token",
         "gpu/activation_gradient.py",
-        "slot // K * STRIDE_DY",
-        "(slot // K).to(tl.int32) * STRIDE_DY",
+        "slot // K * STRIDE_DY, w2_ptr + expert",
+        "(slot // K).to(tl.int32) * STRIDE_DY, w2_ptr + expert",
     ),
     Mutation(
         "through-32-bit-offset-of-the-row",
@@ -320,14 +324,14 @@ WEIGHT_GRADIENT = [
     Mutation(
         "dW-right-factor-not-gathered",
         "gpu/weight_gradient.py",
-        "if GATHER_B else row.to(tl.int64)",
-        "if False else row.to(tl.int64)",
+        "GATHER_B=b_rows_S is not None",
+        "GATHER_B=False",
     ),
     Mutation(
         "dW-left-factors-tail-rows-not-masked",
         "gpu/weight_gradient.py",
-        "(i % I)[None, :], mask=mine[:, None], other=0.0",
-        "(i % I)[None, :]",
+        "a = tl.load(a_ptrs, mask=mine[None, :], other=0.0)",
+        "a = tl.load(a_ptrs)",
     ),
     Mutation(
         "dW-no-column-mask",
@@ -338,8 +342,8 @@ WEIGHT_GRADIENT = [
     Mutation(
         "dW-accumulated-in-the-input-dtype",
         "gpu/weight_gradient.py",
-        "accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)",
-        "accumulator = tl.dot(tl.trans(a), b, accumulator, input_precision=PRECISION)"
+        "accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)",
+        "accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)"
         ".to(a.dtype).to(tl.float32)",
     ),
     Mutation(
@@ -474,26 +478,26 @@ LOOP = [
     Mutation(
         "loop-routing-weights-gradient-without-the-bias",
         "expert_mlp_loop.py",
-        "dscale_S + (dy_SH * bias_SH).sum(dim=1, dtype=wide)",
-        "dscale_S + 0 * (dy_SH * bias_SH).sum(dim=1, dtype=wide)",
+        "dscale_S += _row_products(dy_SH, bias_SH, wide)",
+        "dscale_S += 0 * _row_products(dy_SH, bias_SH, wide)",
     ),
     Mutation(
         "loop-routing-weight-missing-in-dW2",
         "expert_mlp_loop.py",
-        "scaled_dy_SH = _scaled(dy_SH, scale_S1)",
-        "scaled_dy_SH = dy_SH",
+        "_scale_rows(dy_SH, scale_S1)",
+        "_scale_rows(dy_SH, None)",
     ),
     Mutation(
         "loop-routing-weight-missing-in-the-pre-activations-gradient",
         "expert_mlp_loop.py",
-        "activate_backward(_scaled(dact_SF, scale_S1), pre_SP, activation)",
-        "activate_backward(dact_SF, pre_SP, activation)",
+        "_scale_rows(dact_SF, scale_S1)",
+        "_scale_rows(dact_SF, None)",
     ),
     Mutation(
         "loop-sorted-rows-taken-for-tokens",
         "expert_mlp_loop.py",
-        "dy_SH = dy_TH[token_idx_S]",
-        "dy_SH = dy_TH[token_idx_S.sort().values]",
+        "dy_SH = dy_TH.index_select(0, token_idx_S)",
+        "dy_SH = dy_TH.index_select(0, token_idx_S.sort().values)",
     ),
     Mutation(
         "loop-db1-of-the-next-gradients-rows",
@@ -533,7 +537,82 @@ LOOP = [
     ),
     Mutation("unstable-sort", "permutation.py", "stable=True", "stable=False"),
 ]
+DESCRIPTORS = [
+    Mutation(
+        "described-weight-of-the-first-expert-for-all",
+        "gpu/descriptors.py",
+        "w.load([expert, start, first_column])",
+        "w.load([expert * 0, start, first_column])",
+    ),
+    Mutation(
+        "described-weight-transposed-from-the-wrong-column",
+        "gpu/descriptors.py",
+        "w.load([expert, first_column, start])",
+        "w.load([expert, 0, start])",
+    ),
+]
+ROUTING = [
+    Mutation(
+        "route-ties-to-the-last-expert",
+        "gpu/routing.py",
+        "first = tl.min(tl.where(scores == best[:, None], e[None, :], E_PAD), 1)",
+        "first = tl.max(tl.where(scores == best[:, None], e[None, :], -1), 1)",
+    ),
+    Mutation(
+        "route-counts-tokens-past-the-end",
+        "gpu/routing.py",
+        "tl.sum(tl.where(real, assigned, 0), 0)",
+        "tl.sum(assigned, 0)",
+    ),
+    Mutation(
+        "route-names-an-expert-that-does-not-exist",
+        "gpu/routing.py",
+        "tl.minimum(first, E - 1)",
+        "first",
+    ),
+    Mutation(
+        "route-gradient-without-the-renormalisation",
+        "gpu/routing_gradient.py",
+        "(dweight - mean) / total",
+        "dweight / total",
+    ),
+    Mutation(
+        "route-gradient-of-the-z-loss-halved",
+        "gpu/routing_gradient.py",
+        "(2.0 * tl.load(dz_ptr) * logsumexp)",
+        "(tl.load(dz_ptr) * logsumexp)",
+    ),
+    Mutation(
+        "route-gradient-of-the-noisy-probabilities-taken-at-the-clean-ones",
+        "gpu/routing_gradient.py",
+        "_through_softmax(noisy, of_noisy)",
+        "_through_softmax(probs, of_noisy)",
+    ),
+]
+SORTING = [
+    Mutation(
+        "sort-blocks-in-the-wrong-order",
+        "gpu/permutation.py",
+        "(block < this)[:, None]",
+        "(block > this)[:, None]",
+    ),
+    Mutation(
+        "sort-slots-taken-for-tokens",
+        "gpu/permutation.py",
+        "tl.store(token_idx_ptr + row, slot // K,",
+        "tl.store(token_idx_ptr + row, slot,",
+    ),
+    Mutation(
+        "sort-last-offset-missing",
+        "gpu/permutation.py",
+        "tl.store(expert_offsets_ptr + E, num_slots)",
+        "tl.store(expert_offsets_ptr + E, 0)",
+    ),
+]
 MUTATIONS = [
+    *DESCRIPTORS,
+    *ROUTING,
+    *SORTING,
     *TILES,
     *UP_PROJECTION,
     *ROW_PRODUCT,
