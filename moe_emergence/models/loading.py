@@ -111,6 +111,10 @@ def _load(place: str, flag: str, **options: Any) -> Any:
             f"{flag} {place}: its weights lack {missing[0]} and {len(missing) - 1} more; give a "
             f"complete model folder"
         )
+    # weights may lie in the file's own memory, at any address; a product's last bit depends on it,
+    # and a resumed run has to repeat the uninterrupted one
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 
