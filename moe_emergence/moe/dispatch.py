@@ -30,8 +30,7 @@ class Dispatcher(Protocol):
 class AutoDispatcher:
     """The fastest path: the one measured for the shape, where it was, and the fused one elsewhere.
 
-    On CPUs that is the fused path, which is no slower than the sequential one at any shape of the
-    benchmark grid (docs/performance.md).
+    On CPUs that is the fused path; `python -m benchmarks.grid` compares it with the others.
     """
 
     def __init__(self, table: TuningTable | None = None) -> None:
