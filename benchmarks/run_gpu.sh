@@ -66,7 +66,7 @@ stage tests 200 bash -c run_tests
 stage certificate 150 "$python" -m moe_emergence.verify \
   --device cuda --dtype fp32 bf16 fp16 --json "$out/certificate.json"
 
-stage grid 170 "$python" -m benchmarks.grid --device cuda --out "$out" --time-limit 140
+stage grid 155 "$python" -m benchmarks.grid --device cuda --out "$out" --time-limit 130
 
 cat "$out/stages.tsv"
 exit "$failed"
