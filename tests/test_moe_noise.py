@@ -43,6 +43,25 @@ def test_a_part_of_the_tokens_sees_its_rows_of_the_whole(
     assert torch.equal(draw(tokens, experts, first_token=first, **key), whole)
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    runs=st.integers(1, 5),
+    run=st.integers(1, 7),
+    processes=st.integers(1, 4),
+    last=st.integers(0, 6),
+    experts=st.integers(1, 5),
+)
+def test_runs_are_taken_from_their_places(
+    runs: int, run: int, processes: int, last: int, experts: int
+) -> None:
+    """Processes that take turns see, together, the noise of the whole step."""
+    whole = draw(runs * processes * run, experts).view(runs, processes, run, experts)
+    for process in range(processes):
+        kept = runs * run - min(last, run - 1)
+        part = draw(kept, experts, first_token=process * run, run=run, stride=processes * run)
+        assert torch.equal(part, whole[:, process].flatten(0, 1)[:kept])
+
+
 def test_it_ignores_and_leaves_the_global_generator() -> None:
     torch.manual_seed(0)
     state = torch.get_rng_state()

@@ -24,6 +24,10 @@ class RouterNoise:
     """Optimizer step, counted from 0."""
     first_token: int = 0
     """Place of the first token of this forward pass among all tokens of the step."""
+    run: int = 0
+    """Tokens of this forward pass that follow each other in the step; 0 for all of them."""
+    stride: int = 0
+    """Places from where one run begins to where the next begins."""
     layer: int = 0
 
 
@@ -37,8 +41,11 @@ def gaussian_noise(
     key = 0x9E3779B9
     for part in (noise.seed, noise.step, noise.layer):
         key = hash_int(key ^ (part & _MASK))
-    first = noise.first_token * num_experts
-    counter = torch.arange(first, first + num_tokens * num_experts, device=device)
+    run = noise.run or max(num_tokens, 1)
+    starts = noise.first_token + torch.arange(-(-num_tokens // run), device=device) * noise.stride
+    places = starts.unsqueeze(1) + torch.arange(run, device=device)
+    places_T1 = places.view(-1, 1)[:num_tokens]
+    counter = (places_T1 * num_experts + torch.arange(num_experts, device=device)).flatten()
     low, high = counter & _MASK, counter >> 32
     mixed = hash_tensor(low ^ key) ^ high
     radius_bits, angle_bits = hash_tensor(mixed ^ 0x85EBCA6B), hash_tensor(mixed ^ 0xC2B2AE35)

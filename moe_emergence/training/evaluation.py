@@ -51,6 +51,7 @@ def evaluate(
     """Evaluate on (rows, L) blocks per domain, shared out over the processes.
 
     Args:
+        model: a `NextTokenLoss`, as it is or prepared by accelerate.
         blocks: per domain in `DOMAINS`, int32.
         batch_size: B per process; it does not change which tokens are seen.
         max_blocks: rows per domain, 0 for all.

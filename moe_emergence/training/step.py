@@ -49,29 +49,15 @@ class StepStatistics:
     """(N,) mean entropy of the clean probabilities, nats."""
 
 
-def token_losses(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """(B, L-1) next-token cross-entropy in nats, computed in fp32."""
-    ignored = input_ids.new_full((input_ids.shape[0], 1), -100)
-    labels = torch.cat([input_ids[:, 1:], ignored], dim=1)
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-    )
-    return losses.view_as(labels)[:, :-1]
-
-
 def forward(
     model: torch.nn.Module,
     input_ids_BL: Tensor,
     domain_ids_B: Tensor,
     noise: RouterNoise | None = None,
 ) -> Pass:
-    """Run one micro-batch through a dense or a mixture model."""
-    if noise is None:
-        outputs = model(input_ids=input_ids_BL, use_cache=False)
-    else:
-        outputs = model(input_ids=input_ids_BL, use_cache=False, router_noise=noise)
-    row_losses_B = token_losses(outputs.logits, input_ids_BL).mean(dim=1)
-    return Pass(row_losses_B, domain_ids_B, outputs.get("router_decisions") or ())
+    """Run one micro-batch through a `NextTokenLoss`, as it is or prepared by accelerate."""
+    losses_BL, decisions = model(input_ids_BL, noise)
+    return Pass(losses_BL.mean(dim=1), domain_ids_B, decisions)
 
 
 def forward_backward(
@@ -84,58 +70,58 @@ def forward_backward(
     """Accumulate the gradients of one optimizer step.
 
     With balance scope "global" the balance loss counts assignments over the whole step, so that
-    the result does not depend on how the step is split into micro-batches and processes: all
-    micro-batches go forward before one backward. With "micro" each counts for itself.
+    the result does not depend on how the step is split into micro-batches and processes. All
+    activations are needed until all is counted, so a mixture's micro-batches run as one. With
+    "micro" each counts for itself.
 
     Args:
+        model: a `NextTokenLoss`, as it is or prepared by accelerate.
         batch: this process's share, (A, B, L).
         noise: of the whole step; None for a dense model.
     """
-    micro_batches = list(zip(batch.input_ids, batch.domain_ids, strict=True))
-    num_micro = len(micro_batches)
-    groups = [micro_batches]
-    if optim.balance_scope == "micro" or noise is None:
-        groups = [[micro_batch] for micro_batch in micro_batches]
+    num_micro = len(batch.input_ids)
+    count_all = noise is not None and optim.balance_scope == "global"
+    at_once = num_micro if count_all else 1
     passes: list[Pass] = []
     lb_losses, z_losses = [], []
-    for group in groups:
-        is_last = group is groups[-1]
+    for first in range(0, num_micro, at_once):
+        is_last = first + at_once == num_micro
         with nullcontext() if is_last else accelerator.no_sync(model):
-            done = [
-                forward(model, ids, domains, _noise_of(noise, accelerator, len(passes) + i, ids))
-                for i, (ids, domains) in enumerate(group)
-            ]
-            fractions = None
-            if optim.balance_scope == "global":
-                fractions = _global_fractions(accelerator, done)
-            loss = torch.zeros((), device=accelerator.device)
-            for one in done:
-                loss = loss + one.row_losses_B.mean() / num_micro
-                if one.decisions:
-                    lb_loss, z_loss = auxiliary_losses(one.decisions, None, fractions)
-                    loss = loss + (optim.lb_coef * lb_loss + optim.z_coef * z_loss) / num_micro
-                    lb_losses.append(lb_loss.detach())
-                    z_losses.append(z_loss.detach())
-            accelerator.backward(loss)
-        passes += done
+            done = forward(
+                model,
+                batch.input_ids[first : first + at_once].flatten(0, 1),
+                batch.domain_ids[first : first + at_once].flatten(),
+                _noise_from(noise, accelerator, first, batch.input_ids[0].numel()),
+            )
+            loss = done.row_losses_B.mean()
+            if done.decisions:
+                fractions = _global_fractions(accelerator, done) if count_all else None
+                lb_loss, z_loss = auxiliary_losses(done.decisions, None, fractions)
+                loss = loss + optim.lb_coef * lb_loss + optim.z_coef * z_loss
+                lb_losses.append(lb_loss.detach())
+                z_losses.append(z_loss.detach())
+            accelerator.backward(loss * (at_once / num_micro))
+        passes.append(done)
     return _sum_up(accelerator, passes, lb_losses, z_losses)
 
 
-def _noise_of(
-    noise: RouterNoise | None, accelerator: Accelerator, micro: int, input_ids_BL: Tensor
+def _noise_from(
+    noise: RouterNoise | None, accelerator: Accelerator, micro: int, tokens: int
 ) -> RouterNoise | None:
-    """The step's noise from where this micro-batch begins in the global batch."""
+    """The step's noise from micro-batch `micro` of this process on, each of `tokens` tokens.
+
+    In the step's global batch the micro-batches of the processes take turns.
+    """
     if noise is None:
         return None
     place = micro * accelerator.num_processes + accelerator.process_index
-    return dataclasses.replace(noise, first_token=place * input_ids_BL.numel())
+    stride = accelerator.num_processes * tokens
+    return dataclasses.replace(noise, first_token=place * tokens, run=tokens, stride=stride)
 
 
-def _global_fractions(accelerator: Accelerator, passes: Sequence[Pass]) -> list[Tensor] | None:
+def _global_fractions(accelerator: Accelerator, done: Pass) -> list[Tensor]:
     """Per layer the share (E,) of the whole step's assignments, over all processes."""
-    if not passes[0].decisions:
-        return None
-    counts_NE = _counts(passes).double()
+    counts_NE = _counts([done]).double()
     if accelerator.num_processes > 1:
         counts_NE = accelerator.reduce(counts_NE, "sum")
     return list((counts_NE / counts_NE.sum(dim=1, keepdim=True)).unbind())

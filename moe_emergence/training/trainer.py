@@ -26,6 +26,8 @@ from moe_emergence.training.collapse import CollapseDetector
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.interrupt import StopRequest
 from moe_emergence.training.metrics import StepRecord
+from moe_emergence.training.objective import NextTokenLoss
+from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.recorder import Recorder
 from moe_emergence.training.schedules import build_optimizer, learning_rate_schedule, noise_std
 from moe_emergence.training.step import StepStatistics, forward_backward
@@ -90,7 +92,8 @@ class Trainer:
             process_index=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        use_fast_operators(model, accelerator.device, accelerator.mixed_precision)
+        self.model, self.optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
         self.stop_requested = False
         """After `train`: whether a signal asked to stop, even if the run was complete by then."""
         self.resumed = checkpoint is not None

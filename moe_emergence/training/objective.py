@@ -1,0 +1,88 @@
+"""What is trained: the next-token losses of a language model, without keeping its logits.
+
+Letters: B sequences, L tokens in a sequence, N predictions, H model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moe_emergence.models.loading import LanguageModel
+from moe_emergence.moe import RouterDecision, RouterNoise
+
+
+class NextTokenLoss(nn.Module):
+    """A language model as a function from tokens to losses; it has no parameters of its own."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids_BL: Tensor, router_noise: RouterNoise | None = None
+    ) -> tuple[Tensor, tuple[RouterDecision, ...]]:
+        """Losses (B, L-1) in nats, at least fp32, and the decisions of the mixture layers.
+
+        Under autocast the head's product is in its dtype, the loss in fp32.
+        """
+        noise = {} if router_noise is None else {"router_noise": router_noise}
+        outputs = self.model.transformer(input_ids=input_ids_BL, use_cache=False, **noise)
+        hidden_BLH, head_VH = outputs.last_hidden_state, self.model.lm_head.weight
+        device = hidden_BLH.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden_BLH, head_VH = hidden_BLH.to(dtype), head_VH.to(dtype)
+        losses = next_token_losses(hidden_BLH, head_VH, input_ids_BL)
+        return losses, outputs.get("router_decisions") or ()
+
+
+def next_token_losses(hidden_BLH: Tensor, head_VH: Tensor, input_ids_BL: Tensor) -> Tensor:
+    """(B, L-1) cross-entropy in nats of every token but the first, given those before it."""
+    hidden_NH = hidden_BLH[:, :-1].flatten(0, 1)
+    losses_N: Tensor = _HeadLoss.apply(hidden_NH, head_VH, input_ids_BL[:, 1:].flatten())
+    return losses_N.view(input_ids_BL.shape[0], -1)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy of `hidden @ head.T`.
+
+    The logits' memory becomes their gradient during the forward pass, some rows at a time while
+    they are in the cache. PyTorch's own way keeps the logits, their log-softmax and two gradients
+    of that size, of which the vocabulary makes the largest arrays of the step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, targets_N: Tensor) -> Tensor:
+        logits_NV = hidden_NH @ head_VH.t()
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        losses_N = logits_NV.new_empty(len(targets_N), dtype=wide)
+        rows = max(_chunk(logits_NV) // logits_NV.shape[1], 1)
+        for logits, targets, losses in zip(
+            logits_NV.split(rows), targets_N.split(rows), losses_N.split(rows), strict=True
+        ):
+            log_probs = torch.log_softmax(logits, dim=1, dtype=wide)
+            picked = targets.unsqueeze(1)
+            losses.copy_(log_probs.gather(1, picked).squeeze(1)).neg_()
+            if any(ctx.needs_input_grad):
+                gradient = log_probs.exp_()
+                gradient.scatter_add_(1, picked, gradient.new_full(picked.shape, -1.0))
+                logits.copy_(gradient)
+        ctx.save_for_backward(hidden_NH, head_VH, logits_NV)
+        return losses_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden_NH, head_VH, gradient_NV = ctx.saved_tensors
+        scale_N1 = dlosses_N.to(hidden_NH.dtype).unsqueeze(1)
+        want_hidden, want_head, _ = ctx.needs_input_grad
+        dhidden = (gradient_NV @ head_VH) * scale_N1 if want_hidden else None
+        dhead = gradient_NV.t() @ (hidden_NH * scale_N1) if want_head else None
+        return dhidden, dhead, None
+
+
+def _chunk(tensor: Tensor) -> int:
+    """Elements to treat at a time: what a CPU's cache holds, and few launches on a GPU."""
+    return 2**20 if tensor.device.type == "cpu" else 2**26
