@@ -30,11 +30,11 @@ def test_training(
 ) -> None:
     """Every model in turns; pytest-benchmark's own figure is a step with `auto`."""
     record(measure_training(setup, device, precision, budget_s=2 * BUDGET_S))
-    step = Bench(setup, device, precision).contender("auto").step
+    bench = Bench(setup, device, precision, "mixture")
     benchmark.group = f"training {setup.name} {precision}"
 
     def once() -> None:
-        step()
+        bench.step("auto")
         if device == "cuda":
             torch.cuda.synchronize()
 

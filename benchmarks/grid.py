@@ -52,8 +52,18 @@ def layer_cases(device: str, dtypes: Sequence[str]) -> list[Case]:
     return [*balanced, *gated[: len(shapes)], *others, *gated[len(shapes) :]]
 
 
+LARGE_ON_CPU = ("predecessor", "dense", "fused", "fused-micro")
+"""Models of GPT-2 small in training that minutes and 20 GB of memory suffice for."""
+
+
 def tasks(
-    device: str, dtypes: Sequence[str], budget_s: float, entries: Sequence[Entry], *, tiny: bool
+    device: str,
+    dtypes: Sequence[str],
+    budget_s: float,
+    entries: Sequence[Entry],
+    *,
+    tiny: bool = False,
+    large: bool = False,
 ) -> list[Task]:
     """Everything to measure, the most valuable first."""
     cases = [Case(SHAPES["tiny"], "zipf", d) for d in dtypes]
@@ -79,6 +89,23 @@ def tasks(
         for dtype in dtypes
         if dtype != "fp16"
     ]
+    if large and device == "cpu":
+        training += [
+            Task(
+                "training",
+                f"gpt2-small/{dtype}",
+                functools.partial(
+                    measure_training,
+                    SETUPS["gpt2-small"],
+                    device,
+                    dtype,
+                    budget_s=0.0,
+                    models=LARGE_ON_CPU,
+                ),
+            )
+            for dtype in dtypes
+            if dtype != "fp16"
+        ]
     scaling = Task(
         "scaling",
         f"tokens/{dtypes[0]}",
@@ -139,6 +166,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.grid", description=__doc__)
     add_common(parser)
     parser.add_argument("--resume", action="store_true", help="keep what grid.json holds")
+    parser.add_argument("--suite", choices=("layer", "training", "scaling"), help="only this one")
+    parser.add_argument(
+        "--large", action="store_true", help="train GPT-2 small on a CPU too: minutes, 20 GB"
+    )
     parser.add_argument("--exclude", action="append", default=[], help="a contestant to leave out")
     options = parser.parse_args(arguments)
     start_logging()
@@ -149,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = read_document(path).rows if options.resume and path.exists() else ()
     journal = Journal(path, common_environment(device), before)
     entries = without(ENTRIES, options.exclude)
-    todo = tasks(device, dtypes, options.budget, entries, tiny=options.tiny)
+    size = {"tiny": options.tiny, "large": options.large}
+    todo = tasks(device, dtypes, options.budget, entries, **size)
+    todo = [task for task in todo if options.suite in (None, task.suite)]
     sound = False
     try:
         sound = run(todo, journal, deadline)

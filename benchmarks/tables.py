@@ -130,5 +130,6 @@ def _legend() -> str:
         "are wrong and not timed. `floor` rows do the same active FLOPs without routing.\n\n"
         "`graph ms` is the time as a CUDA graph. `of roofline` is the time that the device's "
         "measured matrix-product rate and copy bandwidth allow, over the time taken. `saved MB` "
-        "is kept for the backward pass, `peak MB` the device memory that one pass adds."
+        "is kept for the backward pass, `peak MB` the device memory that one pass adds; for "
+        "training it is the whole process's peak (resident memory on a CPU)."
     )

@@ -1,27 +1,32 @@
 """The training suite: whole optimizer steps, dense against mixture, by dispatcher.
 
+Every step is the trainer's own, in a process of its own, but for the predecessor's.
 Letters: A micro-batches, B sequences in one, L tokens in a sequence.
 """
 
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional
+from accelerate import Accelerator
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.footprint import peak_bytes
 from benchmarks.layer import error_row, timing_fields
 from benchmarks.predecessor import predecessor_model, predecessor_optimizer, predecessor_step
 from benchmarks.results import Record, Row
-from benchmarks.stopwatch import Work, interleave
+from benchmarks.workers import Worker, take_turns
 from moe_emergence.config import OptimConfig
+from moe_emergence.data.loader import StepBatch
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
-from moe_emergence.moe import RouterNoise, auxiliary_losses
+from moe_emergence.models.loading import LanguageModel
+from moe_emergence.moe import RouterNoise
+from moe_emergence.training.memory import keep_freed_memory
+from moe_emergence.training.objective import NextTokenLoss
+from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.schedules import build_optimizer
+from moe_emergence.training.step import forward_backward
 
 REFERENCE = "predecessor"
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -54,30 +59,48 @@ class Setup:
 SETUPS = {
     setup.name: setup
     for setup in (
-        Setup("demo", 4, 256, 4, (2, 3), 4096, 128, 4, 1),
+        Setup("demo", 4, 256, 4, (2, 3), 4096, 128, 8, 1),
         Setup("gpt2-small", 12, 768, 12, (8, 9, 10, 11), 50257, 512, 2, 4),
         Setup("gpt2-small-batch16", 12, 768, 12, (8, 9, 10, 11), 50257, 512, 16, 1),
         Setup("tiny", 2, 16, 2, (1,), 64, 8, 2, 2, experts=4),
     )
 }
-MODELS = ("predecessor", "dense", "sequential", "grouped", "fused", "auto")
+MIXTURES = ("fused", "fused-micro", "sequential", "grouped", "auto")
+"""Dispatchers, the one whose memory is measured first; "-micro" counts balance by micro-batch."""
+MODELS = ("predecessor", "dense", *MIXTURES)
+BYTES_PER_PARAMETER = 16
+"""Weight, gradient and two moments of AdamW, in fp32."""
 
 
 @dataclass(frozen=True)
-class Contender:
-    """A model in training: one step of it, and its first loss and gradient norm."""
+class First:
+    """Of a model before any step: loss and gradient norm, and how many parameters it has."""
 
-    step: Work
-    first_loss: float
-    first_norm: float
+    loss: float
+    norm: float
+    parameters: int
 
 
 class Bench:
-    """Models and data of one setup. All dispatchers share one mixture and its optimizer."""
+    """One kind of model in training, with its data; dispatchers share one mixture."""
 
-    def __init__(self, setup: Setup, device: str, precision: str) -> None:
-        self.setup, self.device, self.precision = setup, device, precision
+    def __init__(
+        self,
+        setup: Setup,
+        device: str,
+        precision: str,
+        kind: Literal["predecessor", "dense", "mixture"],
+    ) -> None:
+        self.setup, self.precision = setup, "fp32" if kind == "predecessor" else precision
+        self.kind = kind
+        mixed = "bf16" if self.precision == "bf16" else "no"
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+        self.device = self.accelerator.device
+        size = (setup.accumulate, setup.batch, setup.block)
         torch.manual_seed(0)
+        input_ids_ABL = torch.randint(setup.vocabulary, size)
+        domain_ids_AB = torch.arange(size[0] * size[1]).view(size[:2]) % 3
+        self.batch = StepBatch(input_ids_ABL.to(self.device), domain_ids_AB.to(self.device))
         config = GPT2Config(
             vocab_size=setup.vocabulary,
             n_positions=setup.block,
@@ -90,92 +113,67 @@ class Bench:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
         )
-        self.dense = GPT2LMHeadModel(config)
-        torch.nn.Module.to(self.dense, device)
-        self.dense.train()
-        self.mixture = upcycle(self.dense, setup.moe_layers, setup.experts, setup.top_k)
-        size = (setup.accumulate, setup.batch, setup.block)
-        self.input_ids_ABL = torch.randint(setup.vocabulary, size).to(device)
-        self.domain_ids_AB = (torch.arange(size[0] * size[1]).view(size[:2]) % 3).to(device)
-        self.optimizers: dict[int, torch.optim.Optimizer] = {}
+        self.model: LanguageModel = GPT2LMHeadModel(config)
+        if kind != "dense":
+            dense = self.model
+            self.model = upcycle(dense, setup.moe_layers, setup.experts, setup.top_k)
+            if kind == "predecessor":
+                self.model = predecessor_model(self.model, dense)
+        torch.nn.Module.to(self.model, self.device)
+        self.model.train()
+        if kind == "predecessor":
+            self.optimizer: Any = predecessor_optimizer(self.model, OPTIM.learning_rate)
+            return
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        optimizer = build_optimizer(self.model, OPTIM)
+        use_fast_operators(self.model, self.device, mixed)
+        self.trained, self.optimizer = self.accelerator.prepare(
+            NextTokenLoss(self.model), optimizer
+        )
 
-    def contender(self, name: str) -> Contender:
-        """Build `name` of `MODELS`, and look at its first loss and gradient before any step."""
-        if name == "predecessor":
-            model = predecessor_model(self.mixture, self.dense)
-            optimizer = predecessor_optimizer(model, OPTIM.learning_rate)
-            coefficients = {"balance": OPTIM.lb_coef, "z": OPTIM.z_coef}
-            loss, norm = self._first(model, "fp32")
-            return Contender(
-                lambda: predecessor_step(
-                    model, optimizer, self.input_ids_ABL, self.domain_ids_AB, coefficients
-                ),
-                loss,
-                norm,
-            )
-        if name == "dense":
-            loss, norm = self._first(self.dense)
-            return Contender(lambda: self._step(self.dense), loss, norm)
-        self.mixture.set_dispatch(name)
-        loss, norm = self._first(self.mixture)
-
-        def step() -> None:
-            self.mixture.set_dispatch(name)
-            self._step(self.mixture)
-
-        return Contender(step, loss, norm)
-
-    def reference(self) -> tuple[float, float]:
-        """First loss and gradient norm of the sequential mixture in fp32."""
-        self.mixture.set_dispatch("sequential")
-        return self._first(self.mixture, "fp32")
-
-    def _first(self, model: torch.nn.Module, precision: str | None = None) -> tuple[float, float]:
-        with self._autocast(precision):
-            logits = model(input_ids=self.input_ids_ABL[0], use_cache=False).logits
-        loss = row_losses(logits, self.input_ids_ABL[0]).mean()
+    def look(self, name: str) -> First:
+        """First loss and gradient norm over the first micro-batch."""
+        self._dispatch(name)
+        exact = name == "reference"
+        ids = self.batch.input_ids[0]
+        if self.kind == "predecessor":
+            loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        else:
+            model = NextTokenLoss(self.model) if exact else self.trained
+            loss = model(ids)[0].mean()
         loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        model.zero_grad(set_to_none=True)
-        return float(loss.detach()), float(norm)
+        self.model.zero_grad(set_to_none=True)
+        count = sum(p.numel() for p in self.model.parameters())
+        return First(float(loss.detach()), float(norm), count)
 
-    def _step(self, model: torch.nn.Module) -> Tensor:
-        """One optimizer step as the trainer takes it; the summed loss of every domain."""
-        optimizer = self.optimizers.get(id(model))
-        if optimizer is None:
-            optimizer = self.optimizers[id(model)] = build_optimizer(model, OPTIM)
-        noise = {}
-        if isinstance(model, MoEGPT2LMHeadModel):
-            noise = {"router_noise": RouterNoise(OPTIM.noise_std, 0, 0)}
-        rows = []
-        for input_ids_BL in self.input_ids_ABL:
-            with self._autocast():
-                outputs = model(input_ids=input_ids_BL, use_cache=False, **noise)
-            rows.append(row_losses(outputs.logits, input_ids_BL))
-            loss = rows[-1].mean()
-            decisions = outputs.get("router_decisions")
-            if decisions:
-                balance, z = auxiliary_losses(decisions)
-                loss = loss + OPTIM.lb_coef * balance + OPTIM.z_coef * z
-            (loss / len(self.input_ids_ABL)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        domains = functional.one_hot(self.domain_ids_AB.flatten(), 3)
-        return torch.cat(rows).detach() @ domains.to(rows[0].dtype)
+    def step(self, name: str) -> None:
+        """One optimizer step as the trainer takes it, or the predecessor."""
+        if self.kind == "predecessor":
+            assert isinstance(self.model, GPT2LMHeadModel)
+            coefficients = {"balance": OPTIM.lb_coef, "z": OPTIM.z_coef}
+            predecessor_step(
+                self.model,
+                self.optimizer,
+                self.batch.input_ids,
+                self.batch.domain_ids,
+                coefficients,
+            )
+            return
+        self._dispatch(name)
+        noise = RouterNoise(OPTIM.noise_std, 0, 0) if self.kind == "mixture" else None
+        optim = replace(OPTIM, balance_scope="micro" if name.endswith("-micro") else "global")
+        forward_backward(self.accelerator, self.trained, self.batch, optim, noise)
+        self.accelerator.clip_grad_norm_(self.trained.parameters(), OPTIM.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
-    def _autocast(self, precision: str | None = None) -> contextlib.AbstractContextManager[object]:
-        enabled = (precision or self.precision) == "bf16"
-        return torch.autocast(self.device, torch.bfloat16, enabled=enabled)
-
-
-def row_losses(logits_BLV: Tensor, input_ids_BL: Tensor) -> Tensor:
-    """(B,) mean next-token cross-entropy of every sequence, in fp32."""
-    losses = functional.cross_entropy(
-        logits_BLV[:, :-1].float().flatten(0, 1), input_ids_BL[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(len(input_ids_BL), -1).mean(dim=1)
+    def _dispatch(self, name: str) -> None:
+        if isinstance(self.model, MoEGPT2LMHeadModel):
+            dispatch = "sequential" if name == "reference" else name.removesuffix("-micro")
+            self.model.set_dispatch(dispatch)
 
 
 def measure_training(
@@ -190,29 +188,40 @@ def measure_training(
     """One row per model. The predecessor runs in fp32 whatever `precision`, as it did.
 
     The gate: first loss and gradient norm agree with those of the sequential mixture in fp32.
+    `peak_bytes` is of the whole process (resident on a CPU, allocated on a GPU) after two steps;
+    of the dispatchers, which share a process, the first has it.
     """
-    bench = Bench(setup, device, precision)
     group = f"{setup.name}/{precision}"
-    blank = Row("training", group, "step", "", "", parameters={**vars(setup), "dtype": precision})
-    expected = bench.reference()
-    works: dict[str, Work] = {}
+    parameters = {**vars(setup), "dtype": precision}
     rows: dict[str, Row] = {}
-    for name in models:
-        row = replace(blank, contestant=name)
-        try:
-            contender = bench.contender(name)
-            row = replace(row, **_judge(name, contender, expected, precision))
-            if row.verdict != "failed":
-                works[name] = contender.step
-        except Exception as error:  # noqa: BLE001 - one model that cannot run is a row
-            row = error_row(row, error, device)
-        rows[name] = row
-    # only now: a step changes the weights that the dispatchers share
-    for name, step in works.items():
-        step()
-        if device == "cuda":
-            rows[name] = replace(rows[name], peak_bytes=peak_bytes(step))
-    samples = interleave(works, device, budget_s)
+    works: dict[str, Worker] = {}
+    with contextlib.ExitStack() as stack:
+        mixture = stack.enter_context(Worker(device, Bench, setup, device, precision, "mixture"))
+        expected: First = mixture.ask("look", "reference")
+        for name in models:
+            worker = mixture
+            if name not in MIXTURES:
+                worker = stack.enter_context(Worker(device, Bench, setup, device, precision, name))
+            row = Row("training", group, "step", name, "", parameters=parameters)
+            try:
+                first: First = worker.ask("look", name)
+                state = {"state_bytes": BYTES_PER_PARAMETER * first.parameters}
+                row = replace(row, parameters=parameters | state)
+                row = replace(row, **_judge(name, first, expected, precision))
+                if row.verdict != "failed":
+                    works[name] = worker
+            except RuntimeError as error:
+                row = error_row(row, error, device)
+            rows[name] = row
+        # only now: a step changes the weights that the dispatchers share
+        seen: set[int] = set()
+        for name, worker in works.items():
+            for _ in range(2):
+                worker.ask("step", name)
+            if id(worker) not in seen:
+                seen.add(id(worker))
+                rows[name] = replace(rows[name], peak_bytes=worker.ask("peak"))
+        samples = take_turns(works, budget_s)
     for name, timed in samples.items():
         rows[name] = replace(
             rows[name],
@@ -225,15 +234,13 @@ def measure_training(
     return found
 
 
-def _judge(
-    name: str, contender: Contender, expected: tuple[float, float], precision: str
-) -> dict[str, Any]:
+def _judge(name: str, first: First, expected: First, precision: str) -> dict[str, Any]:
     if name == "dense":
         return {"verdict": "floor", "note": "the model without mixture layers"}
     # the predecessor's arithmetic is fp32 always
     tolerance = LOSS_TOLERANCE["fp32" if name == "predecessor" else precision]
-    found = (contender.first_loss, contender.first_norm)
-    for what, ours, theirs in zip(("loss", "gradient norm"), found, expected, strict=True):
+    pairs = (("loss", first.loss, expected.loss), ("gradient norm", first.norm, expected.norm))
+    for what, ours, theirs in pairs:
         if not abs(ours - theirs) <= tolerance * abs(theirs):
             note = f"first {what} {ours:.6g}, sequential in fp32 {theirs:.6g}"
             return {"verdict": "failed", "note": note}
