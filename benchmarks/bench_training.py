@@ -18,7 +18,7 @@ HAS_GPU = torch.cuda.is_available()
 if SIZE == "tiny":
     NAMES = ["tiny"]
 elif HAS_GPU:
-    NAMES = ["gpt2-small", "gpt2-small-batch16"]
+    NAMES = ["gpt2-small", "gpt2-small-batch16", "gpt2-small-top2"]
 else:
     NAMES = ["demo", "gpt2-small"] if SIZE == "large" else ["demo"]
 

@@ -70,7 +70,11 @@ def tasks(
     names: tuple[str, ...] = ("tiny",)
     if not tiny:
         cases = layer_cases(device, dtypes)
-        names = ("gpt2-small", "gpt2-small-batch16") if device == "cuda" else ("demo",)
+        names = (
+            ("gpt2-small", "gpt2-small-batch16", "gpt2-small-top2")
+            if device == "cuda"
+            else ("demo",)
+        )
     layer = [
         Task(
             "layer",

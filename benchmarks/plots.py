@@ -28,6 +28,7 @@ COLOURS = {
     "megablocks": "#8c564b",
     "scattermoe": "#e377c2",
     "predecessor": "#17becf",
+    "fused-micro": "#56b4e9",
 }
 MARKERS = "os^DvP*X<>ph"
 _PLAIN = mpl.ticker.FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1 else f"{v:.3g}")

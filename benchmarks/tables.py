@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from benchmarks.projection import projection_table
 from benchmarks.results import Document, Row
 from benchmarks.scaling import Fit, fit_exponent
 
@@ -33,6 +34,9 @@ def markdown(documents: Sequence[Document], figures: Sequence[str] = ()) -> str:
             for group, phase in groups:
                 own = [r for r in rows if (r.suite, r.group, r.phase) == (suite, group, phase)]
                 parts += [f"### {group}, {phase}", table(own)]
+        projected = projection_table(rows)
+        if projected is not None:
+            parts += ["### The full-size runs at these speeds, evaluation not counted", projected]
         scaling = [row for row in rows if row.suite == "scaling"]
         if scaling:
             parts += [f"## Scaling on {document.environment['device_name']}", _fits(scaling)]
@@ -129,7 +133,7 @@ def _legend() -> str:
         "rows are right but further from fp64 than the sequential path allows, and `failed` rows "
         "are wrong and not timed. `floor` rows do the same active FLOPs without routing.\n\n"
         "`graph ms` is the time as a CUDA graph. `of roofline` is the time that the device's "
-        "measured matrix-product rate and copy bandwidth allow, over the time taken. `saved MB` "
-        "is kept for the backward pass, `peak MB` the device memory that one pass adds; for "
-        "training it is the whole process's peak (resident memory on a CPU)."
+        "measured matrix-product rate and copy bandwidth allow, over the time taken (in training "
+        "the rate alone). `saved MB` is kept for the backward pass, `peak MB` the device memory "
+        "that one pass adds; in training it is the whole process's peak (resident on a CPU)."
     )

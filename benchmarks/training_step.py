@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.layer import error_row, timing_fields
 from benchmarks.predecessor import predecessor_model, predecessor_optimizer, predecessor_step
 from benchmarks.results import Record, Row
+from benchmarks.roofline import measure_rates
 from benchmarks.workers import Worker, take_turns
 from moe_emergence.config import OptimConfig
 from moe_emergence.data.loader import StepBatch
@@ -55,12 +58,25 @@ class Setup:
         """Tokens of one optimizer step."""
         return self.block * self.batch * self.accumulate
 
+    def flops(self, *, is_moe: bool) -> float:
+        """Multiplications and additions of a step's matrix products, forward and backward.
+
+        Causal attention counts the half that is not masked.
+        """
+        attention = self.layers * (4 * self.hidden**2 + self.block * self.hidden)
+        dense, moe = self.layers - len(self.moe_layers), len(self.moe_layers)
+        mlp = 8 * self.hidden**2 * (dense + moe * (self.top_k if is_moe else 1))
+        routers = moe * self.experts * self.hidden if is_moe else 0
+        return 6.0 * self.tokens * (attention + mlp + routers + self.vocabulary * self.hidden)
+
 
 SETUPS = {
     setup.name: setup
     for setup in (
         Setup("demo", 4, 256, 4, (2, 3), 4096, 128, 8, 1),
         Setup("gpt2-small", 12, 768, 12, (8, 9, 10, 11), 50257, 512, 2, 4),
+        Setup("gpt2-small-micro-batch", 12, 768, 12, (8, 9, 10, 11), 50257, 512, 2, 1),
+        Setup("gpt2-small-top2", 12, 768, 12, (8, 9, 10, 11), 50257, 512, 2, 4, top_k=2),
         Setup("gpt2-small-batch16", 12, 768, 12, (8, 9, 10, 11), 50257, 512, 16, 1),
         Setup("tiny", 2, 16, 2, (1,), 64, 8, 2, 2, experts=4),
     )
@@ -68,6 +84,8 @@ SETUPS = {
 MIXTURES = ("fused", "fused-micro", "sequential", "grouped", "auto")
 """Dispatchers, the one whose memory is measured first; "-micro" counts balance by micro-batch."""
 MODELS = ("predecessor", "dense", *MIXTURES)
+Change = Literal["kept memory", "fast operators", "head loss"]
+"""What the trainer does for speed that can be left out."""
 BYTES_PER_PARAMETER = 16
 """Weight, gradient and two moments of AdamW, in fp32."""
 
@@ -90,6 +108,7 @@ class Bench:
         device: str,
         precision: str,
         kind: Literal["predecessor", "dense", "mixture"],
+        without: Sequence[Change] = (),
     ) -> None:
         self.setup, self.precision = setup, "fp32" if kind == "predecessor" else precision
         self.kind = kind
@@ -124,13 +143,13 @@ class Bench:
         if kind == "predecessor":
             self.optimizer: Any = predecessor_optimizer(self.model, OPTIM.learning_rate)
             return
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and "kept memory" not in without:
             keep_freed_memory()
         optimizer = build_optimizer(self.model, OPTIM)
-        use_fast_operators(self.model, self.device, mixed)
-        self.trained, self.optimizer = self.accelerator.prepare(
-            NextTokenLoss(self.model), optimizer
-        )
+        if "fast operators" not in without:
+            use_fast_operators(self.model, self.device, mixed)
+        loss = PlainLoss(self.model) if "head loss" in without else NextTokenLoss(self.model)
+        self.trained, self.optimizer = self.accelerator.prepare(loss, optimizer)
 
     def look(self, name: str) -> First:
         """First loss and gradient norm over the first micro-batch."""
@@ -176,6 +195,22 @@ class Bench:
             self.model.set_dispatch(dispatch)
 
 
+class PlainLoss(torch.nn.Module):
+    """`NextTokenLoss` of a dense model with torch's own cross-entropy over its logits."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BL: Tensor, router_noise: None = None) -> tuple[Tensor, tuple[()]]:
+        """Losses (B, L-1) in nats, and no decisions."""
+        logits = self.model(input_ids=input_ids_BL, use_cache=False).logits[:, :-1].float()
+        losses = functional.cross_entropy(
+            logits.flatten(0, 1), input_ids_BL[:, 1:].flatten(), reduction="none"
+        )
+        return losses.view(len(input_ids_BL), -1), ()
+
+
 def measure_training(
     setup: Setup,
     device: str,
@@ -193,6 +228,7 @@ def measure_training(
     """
     group = f"{setup.name}/{precision}"
     parameters = {**vars(setup), "dtype": precision}
+    rates = {dtype: measure_rates(device, dtype) for dtype in ("fp32", precision)}
     rows: dict[str, Row] = {}
     works: dict[str, Worker] = {}
     with contextlib.ExitStack() as stack:
@@ -223,10 +259,14 @@ def measure_training(
                 rows[name] = replace(rows[name], peak_bytes=worker.ask("peak"))
         samples = take_turns(works, budget_s)
     for name, timed in samples.items():
+        flops = setup.flops(is_moe=name != "dense")
+        limit_s = flops / rates["fp32" if name == "predecessor" else precision].flops_per_s
         rows[name] = replace(
             rows[name],
             **timing_fields(timed, samples, REFERENCE),
             tokens_per_s=setup.tokens / timed.median,
+            flops=flops,
+            roofline_fraction=limit_s / timed.median,
         )
     found = [rows[name] for name in models]
     if on_rows:
