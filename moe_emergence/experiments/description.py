@@ -79,11 +79,11 @@ def read_suite(root: Path) -> SuiteFolder:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not the description of a suite ({error!r})") from error
-    known = {variant.name for variant in variants} | {BASE}
+    known = {variant.name for variant in variants}
     for comparison in suite.comparisons:
-        for name in (comparison.variant, comparison.control):
-            if name not in known:
-                raise ValueError(f"{path}: compares {name}, which is not one of its variants")
+        unknown = {comparison.variant} - known | {comparison.control} - known - {BASE}
+        if unknown:
+            raise ValueError(f"{path}: compares {unknown.pop()}, which is not one of its variants")
     return suite
 
 

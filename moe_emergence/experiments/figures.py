@@ -10,11 +10,11 @@ from matplotlib.figure import Figure
 from moe_emergence.config import DOMAINS
 from moe_emergence.experiments.collapse_study import CollapseStudy
 from moe_emergence.experiments.collect import ALL
+from moe_emergence.experiments.description import Comparison
 from moe_emergence.experiments.specialisation import DOMAIN_LABEL, NULL_ROUTERS, TYPE_LABEL
 
 # Okabe and Ito's palette, told apart with any common colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":")
 GREY = "#888888"
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "equivalent": "#009E73"}
@@ -53,7 +53,9 @@ def plot_comparisons(table: pd.DataFrame, margin: float) -> Figure:
     labels = [f"{variant} − {control}" for variant, control in pairs]
     axes[0].set_yticks(range(len(pairs)), labels, fontsize=9)
     axes[0].invert_yaxis()
-    figure.supxlabel("difference in final evaluation lm_loss (nats per token; left is better)")
+    figure.supxlabel(
+        "difference in final evaluation lm_loss (nats per token; left is better)", fontsize=10
+    )
     figure.suptitle(
         f"Variant minus control, paired by seed: mean, 95% interval, seeds; grey: ±{margin:g}",
         fontsize=11,
@@ -61,27 +63,42 @@ def plot_comparisons(table: pd.DataFrame, margin: float) -> Figure:
     return figure
 
 
-def plot_losses(losses: pd.DataFrame, variants: Sequence[str]) -> Figure:
-    """Evaluation lm_loss over steps: mean over the seeds, band from the lowest to the highest."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+def plot_losses(
+    losses: pd.DataFrame, variants: Sequence[str], comparisons: Sequence[Comparison]
+) -> Figure:
+    """Above: evaluation lm_loss over steps, mean over seeds. Below: variant minus control.
+
+    The differences are means over the seeds of both at the same step; their spread at the end is
+    what `plot_comparisons` shows. Comparisons at equal FLOPs have no step in common.
+    """
+    figure = Figure(figsize=(11.5, 5.6), layout="constrained")
     panels = (ALL, *DOMAINS)
-    for axis, domain in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    axes = figure.subplots(2, len(panels), sharex=True)
+    for column, domain in enumerate(panels):
+        here = losses[losses["domain"] == domain]
+        table = here.drop_duplicates(["variant", "seed", "step"], keep="last").pivot(
+            index=["seed", "step"], columns="variant", values="lm_loss"
+        )
+        above, below = axes[:, column]
         for place, variant in enumerate(variants):
-            here = (losses["variant"] == variant) & (losses["domain"] == domain)
-            by_step = losses[here].groupby("step")["lm_loss"].agg(["mean", "min", "max"])
-            if len(by_step):
-                axis.plot(by_step.index, by_step["mean"], label=variant, **style(place))
-                axis.fill_between(
-                    by_step.index, by_step["min"], by_step["max"],
-                    color=style(place)["color"], alpha=0.12, linewidth=0,
-                )  # fmt: skip
-        axis.set_title(domain, fontsize=10)
-        axis.tick_params(labelsize=8)
-    figure.supxlabel("training step")
-    figure.supylabel("evaluation lm_loss (nats per token)", fontsize=10)
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, names, loc="outside right center", fontsize=8)
+            if variant in table:
+                mean = table[variant].dropna().groupby("step").mean()
+                above.plot(mean.index, mean, label=variant, **style(place))
+        for comparison in comparisons:
+            variant, control = comparison.variant, comparison.control
+            if comparison.matched == "steps" and variant in table and control in table:
+                gap = (table[variant] - table[control]).dropna().groupby("step").mean()
+                place = variants.index(variant)
+                below.plot(gap.index, gap, label=f"{variant} − {control}", **style(place))
+        below.axhline(0, color=GREY, linewidth=0.8)
+        above.set_title(domain, fontsize=10)
+        for axis in (above, below):
+            axis.tick_params(labelsize=8)
+    axes[0, 0].set_ylabel("evaluation lm_loss\n(nats per token)", fontsize=10)
+    axes[1, 0].set_ylabel("variant minus control\n(nats per token)", fontsize=10)
+    for axis in axes[:, -1]:
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+    figure.supxlabel("training step", fontsize=10)
     return figure
 
 
@@ -142,7 +159,7 @@ def plot_loads(largest: pd.DataFrame, variants: Sequence[str], threshold: float)
         axis.set_ylim(0, 1)
     for axis in axes[len(shown) :]:
         axis.set_visible(False)
-    figure.supxlabel("training step")
+    figure.supxlabel("training step", fontsize=10)
     figure.supylabel("largest expert's share", fontsize=10)
     figure.suptitle("A line per seed; dotted: the collapse detector's threshold", fontsize=10)
     return figure
@@ -150,25 +167,24 @@ def plot_loads(largest: pd.DataFrame, variants: Sequence[str], threshold: float)
 
 def plot_warning(study: CollapseStudy) -> Figure:
     """Left: ROC of every score over runs. Right: onset and warning before each collapse, steps."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1)
     areas = study.ranking.set_index("score")["auc"]
     for place, (name, curve) in enumerate(study.roc.groupby("score", sort=False)):
         left.plot(
             curve["false_positive_rate"], curve["true_positive_rate"],
-            label=f"{name}: AUC {areas[name]:.2f}", **style(place),
+            label=f"{name}: AUC {areas[name]:.2f}", color=COLOURS[place], linestyle=LINES[place],
         )  # fmt: skip
     left.set_xlabel("share of healthy runs warned of")
     left.set_ylabel("share of collapses warned of")
     left.legend(fontsize=8, loc="lower right")
     ill = study.runs[study.runs["judged"] & study.runs["collapsed"]].reset_index(drop=True)
-    for place, row in ill.iterrows():
-        right.plot([row["onset_step"], row["collapse_step"]], [place, place], color=GREY)
-        right.plot(row["warning_step"], place, "<", color=COLOURS[0], ms=6)
-        right.plot(row["onset_step"], place, "o", color=COLOURS[4], ms=5)
-        right.plot(row["collapse_step"], place, "X", color=COLOURS[1], ms=7)
+    right.hlines(range(len(ill)), ill["onset_step"], ill["collapse_step"], color=GREY)
+    for kind, marker, colour in (("warning", "<", 0), ("onset", "o", 4), ("collapse", "X", 1)):
+        steps = ill[f"{kind}_step"].astype(float)
+        right.plot(steps, range(len(ill)), marker, color=COLOURS[colour], label=kind)
+    right.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1), frameon=False)
     right.set_yticks(range(len(ill)), ill["variant"] + " " + ill["seed"].astype(str), fontsize=8)
     right.set_xlabel("training step")
-    right.set_title("◂ warning   ● onset   ✖ collapse", fontsize=9)
     return figure

@@ -162,7 +162,7 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure]]:
     if len(evidence.comparisons) and (evidence.comparisons["n"] > 0).any():
         yield "comparisons", figures.plot_comparisons(evidence.comparisons, evidence.margin)
     if len(records.losses):
-        yield "losses", figures.plot_losses(records.losses, variants)
+        yield "losses", figures.plot_losses(records.losses, variants, records.suite.comparisons)
     if len(evidence.specialisation):
         yield "specialisation", figures.plot_specialisation(evidence.specialisation)
     largest = largest_shares(records)
@@ -196,7 +196,7 @@ def report_text(evidence: Evidence, shown: set[str]) -> str:
         + sections.losses_section(records)
         + picture("losses", "Evaluation loss over steps"),
         "## Comparisons\n\nFinal lm_loss of the variant minus that of its control, paired by seed "
-        "(negative is better). Only pairs with the same data and the same schedule are compared.\n\n"
+        "(negative is better). Only pairs of the same data and schedule are compared.\n\n"
         + sections.comparisons_section(evidence.comparisons, evidence.margin)
         + picture("comparisons", "Paired differences with 95% intervals"),
         "## Specialisation\n\nInformation that the expert chosen for a token carries about its "

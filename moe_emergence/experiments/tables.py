@@ -10,7 +10,8 @@ import pandas as pd
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; columns after the first are aligned to the right where all are numbers."""
     numeric = [
-        bool(rows) and all(_is_number(row[place]) for row in rows) for place in range(len(header))
+        any(row[place] for row in rows) and all(_is_number(row[place]) for row in rows)
+        for place in range(len(header))
     ]
     ruler = ["---:" if number else "---" for number in numeric]
     lines = [header, ruler, *rows]
