@@ -135,15 +135,23 @@ def test_conditional_information_weighs_the_domains() -> None:
     assert pooled.null == pytest.approx([0.15, 0.35])
 
 
-def test_bootstrap_interval_resamples_blocks_within_their_domain() -> None:
+def test_bootstrap_interval_covers_the_truth() -> None:
     rng = np.random.default_rng(4)
     truth = np.array([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2], [0.2, 0.2, 0.6]])
-    blocks = [rng.multinomial(64, shares, size=30) for shares in truth]
-    low, high = info.bootstrap_interval(blocks, info.mutual_information, resamples=300)
-    assert low < info.mutual_information(truth) < high
-    assert high - low < 0.15
+    bits, covered = info.mutual_information(truth), []
+    for turn in range(60):
+        blocks = [rng.multinomial(64, shares, size=30) for shares in truth]
+        low, high = info.bootstrap_interval(
+            blocks, info.mutual_information, resamples=200, seed=turn
+        )
+        assert high - low < 0.15
+        covered.append(low < bits < high)
+    assert sum(covered) >= 50
+
+
+def test_bootstrap_resamples_blocks_within_their_domain() -> None:
     perfect = [np.tile(64 * np.eye(3, dtype=int)[d], (5, 1)) for d in range(3)]
     found = info.bootstrap_interval(perfect, info.mutual_information, resamples=50)
     assert found == pytest.approx((math.log2(3), math.log2(3)))
-    one = [counts[:1] for counts in blocks]
+    one = [counts[:1] for counts in perfect]
     assert np.isnan(info.bootstrap_interval(one, info.mutual_information, resamples=10)).all()

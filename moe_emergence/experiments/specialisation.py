@@ -7,6 +7,7 @@ null models: a learned router specialises by as much as it exceeds them, seed by
 Letters: N mixture layers, R blocks, L tokens per block, K experts per token.
 """
 
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import pandas as pd
 from moe_emergence.analysis import information as info
 from moe_emergence.analysis.token_types import NUM_TYPES, TOKEN_TYPES
 from moe_emergence.config import DOMAINS
-from moe_emergence.experiments.collect import Records
+from moe_emergence.experiments.collect import ENDED, Records
 from moe_emergence.experiments.paired import MIN_SEEDS, holm, paired_difference
 from moe_emergence.progress import progress_bar
 
@@ -51,7 +52,7 @@ def read_routing(path: Path) -> Routing:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             routing = Routing(*(arrays[key] for key in _KEYS))
-    except (OSError, KeyError, ValueError, EOFError) as error:
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: no routing can be read from it ({error})") from error
     blocks = routing.token_ids.shape
     if routing.experts.shape[:3] != (len(routing.layers), *blocks):
@@ -170,14 +171,18 @@ def _row(
 def specialisation(
     records: Records, types_of: TypesOf, resampling: Resampling
 ) -> tuple[pd.DataFrame, list[str]]:
-    """`routing_information` of every mixture run of the suite, and what could not be read.
+    """`routing_information` of every mixture run that ended, and what could not be read.
 
     Columns: variant, seed, router, num_experts, top_k, blocks, and those of the rows.
     """
     suite = records.suite
     rows: list[dict[str, Any]] = []
     problems: list[str] = []
-    mixtures = [key for key in records.configs if records.setting(*key, "model.moe_layers")]
+    mixtures = [
+        key
+        for key in records.configs
+        if records.setting(*key, "model.moe_layers") and records.status(*key) in ENDED
+    ]
     with progress_bar("information of experts", len(mixtures)) as advance:
         for variant, seed in mixtures:
             path = suite.routing(variant, seed)
