@@ -56,6 +56,7 @@ def broken(whole: Path, tmp_path: Path) -> Path:
     manifest = json.loads(path.read_text())
     manifest["domains"]["code"]["eval"]["sha256"] = "other"
     path.write_text(json.dumps(manifest))
+    (folder / "frozen/seed-4/environment.json").write_text('{"precision": "bf16"}')
     (folder / "hash/seed-0/routing.npz").write_bytes(b"PK\x03\x04 cut off")
     return folder
 
@@ -124,6 +125,11 @@ def test_broken_runs_are_listed_and_left_out(broken: Path) -> None:
         assert reason in row["left_out"]
 
 
+def test_pairs_of_unlike_precision_are_left_out(broken: Path) -> None:
+    row = one(compare(collect(read_suite(broken))), variant="frozen", domain="all")
+    assert "seed 4: precisions bf16 and fp32" in row["left_out"]
+
+
 def test_report_of_a_broken_suite_says_what_is_missing(broken: Path) -> None:
     text = build_report(broken, resampling=FEW).read_text(encoding="utf-8")
     assert "| moe | 0 | missing |" in text
@@ -150,6 +156,7 @@ def test_report_has_every_section_figure_and_table(whole: Path) -> None:
     assert "at equal training FLOPs" in text
     assert "`optim.lb_coef` 0.0 (not 0.01)" in text
     assert "python -m moe_emergence.suite run synthetic" in text
+    assert "| no-lb | 5 of 5 (57–100%) |" in text
     for name in ("comparisons", "losses", "specialisation", "loads", "warning"):
         assert f"(figures/{name}.png)" in text
         assert (whole / f"figures/{name}.png").stat().st_size > 5000

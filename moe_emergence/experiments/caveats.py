@@ -37,7 +37,7 @@ def _seeds(records: Records) -> str:
     counts = ended.groupby("variant")["seed"].nunique()
     least = int(counts.min()) if len(counts) else 0
     return (
-        f"{len(records.suite.seeds)} seeds were planned; the variant with the fewest finished runs "
+        f"Seeds planned: {len(records.suite.seeds)}; the variant with the fewest finished runs "
         f"has {least}."
     )
 

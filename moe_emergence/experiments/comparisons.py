@@ -17,7 +17,7 @@ MARGIN = 0.01
 
 _NOT_COMPARED = frozenset(
     {"preset", "run_name", "output_dir", "resume", "stop_after", "device", "dispatch", "autotune",
-     "debug", "model.base", "optim.compare_dense", "optim.pretrain_steps",
+     "debug", "optim.compare_dense", "optim.pretrain_steps",
      "optim.pretrain_learning_rate", "data.cache_dir"}
 )  # fmt: skip
 """Where a run is, and how it is executed; not what it computes."""
@@ -66,6 +66,9 @@ def _unlike(records: Records, comparison: Comparison, seed: int) -> Iterator[str
         yield "no data_manifest.json"
     elif other := next(differences(*manifests), None):
         yield f"unlike data ({'.'.join(other)})"
+    precisions = {records.environments.get(key, {}).get("precision") for key in (variant, control)}
+    if len(precisions) > 1:
+        yield f"precisions {' and '.join(sorted(map(str, precisions)))}"
     configs = records.configs.get(variant), records.configs.get(control)
     if configs[0] is None or configs[1] is None:
         yield "no config.json"

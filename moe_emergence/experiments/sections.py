@@ -9,7 +9,7 @@ from moe_emergence.experiments.collapse_study import HORIZON, WINDOW, CollapseSt
 from moe_emergence.experiments.collect import ALL, ENDED, Records, final_losses
 from moe_emergence.experiments.comparisons import config_differences
 from moe_emergence.experiments.description import BASE
-from moe_emergence.experiments.paired import MIN_SEEDS
+from moe_emergence.experiments.paired import MIN_SEEDS, paired_difference
 from moe_emergence.experiments.specialisation import DOMAIN_LABEL, TYPE_LABEL
 from moe_emergence.experiments.tables import (
     interval,
@@ -18,6 +18,7 @@ from moe_emergence.experiments.tables import (
     number,
     plain,
     probability,
+    share_of,
 )
 
 
@@ -144,17 +145,23 @@ def specialisation_section(
         ):
             significant = int((runs["p_permutation"] < 0.05).sum())
             rows.append(
-                [variant, str(layer), label, mean_and_spread(runs["bits"], 3),
+                [variant, str(layer), label, number(runs["bits"].mean(), 3),
+                 _interval_over_seeds(runs["bits"]),
                  number(runs["permuted_mean"].mean(), 3),
                  number(100 * runs["share_of_label"].mean(), 1) + "%",
                  f"{significant} of {len(runs)}"]
             )  # fmt: skip
-        header = ["variant", "layer", "label", "bits", "permuted labels", "of the label's entropy",
-                  "seeds with p < 0.05"]  # fmt: skip
+        header = ["variant", "layer", "label", "bits", "95% interval", "permuted labels",
+                  "of the label's entropy", "seeds with p < 0.05"]  # fmt: skip
         parts.append(markdown(header, rows))
         parts.append(_against_text(against))
     parts.extend(f"- Not read: {problem}" for problem in problems)
     return "\n\n".join(parts)
+
+
+def _interval_over_seeds(values: pd.Series) -> str:
+    found = paired_difference(values.tolist())
+    return interval(found.low, found.high, 3, signed=False)
 
 
 def _against_text(against: pd.DataFrame) -> str:
@@ -187,7 +194,7 @@ def collapse_section(study: CollapseStudy) -> str:
     if not study.collapsed:
         parts.append(
             f"No run collapsed, so there is nothing to foresee and no ROC. The warning was raised "
-            f"in {study.false_alarms} of {study.healthy} healthy runs: false alarms."
+            f"in {share_of(study.false_alarms, study.healthy)} healthy runs: false alarms."
         )
         return "\n\n".join(parts)
     ill = study.runs[study.runs["judged"] & study.runs["collapsed"]]
@@ -203,7 +210,7 @@ def collapse_section(study: CollapseStudy) -> str:
             f"{number(lead.min(), 0)} to {number(lead.max(), 0)}; the share itself is above the "
             f"threshold {number(own, 0)} steps before)"
         )
-    text += f". It was raised in {study.false_alarms} of {study.healthy} healthy runs."
+    text += f". It was raised in {share_of(study.false_alarms, study.healthy)} healthy runs."
     parts.append(text)
     if study.ranking.empty:
         parts.append("Every judged run collapsed: without healthy runs there is no ROC.")
@@ -227,8 +234,10 @@ def _collapse_table(study: CollapseStudy) -> str:
     for variant, runs in study.runs.groupby("variant", sort=False):
         judged = runs[runs["judged"]]
         rows.append(
-            [str(variant), f"{int(judged['collapsed'].sum())} of {len(judged)}",
+            [str(variant), share_of(int(judged["collapsed"].sum()), len(judged)),
+             share_of(int(judged["warning_step"].notna().sum()), len(judged)),
              number(runs["largest_share"].mean(), 2),
-             "" if len(judged) else "cannot: the threshold is not below 1 / top-k"]
+             "" if len(judged) else "cannot collapse: the threshold is not below 1 / top-k"]
         )  # fmt: skip
-    return markdown(["variant", "collapsed", "largest share (mean of seeds)", "note"], rows)
+    header = ["variant", "collapsed", "warned of", "largest share (mean of seeds)", "note"]
+    return markdown(header, rows)

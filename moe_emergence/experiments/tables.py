@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
+from statsmodels.stats.proportion import proportion_confint
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -51,6 +52,14 @@ def mean_and_spread(values: pd.Series, digits: int = 4) -> str:
     """Mean ± standard deviation over seeds."""
     mean = number(float(values.mean()), digits)
     return f"{mean} ± {number(float(values.std(ddof=1)), digits)}" if len(values) > 1 else mean
+
+
+def share_of(count: int, total: int) -> str:
+    """A count of runs, with the 95% Wilson interval of the share it estimates."""
+    if not total:
+        return "–"
+    low, high = proportion_confint(count, total, method="wilson")
+    return f"{count} of {total} ({100 * low:.0f}–{100 * high:.0f}%)"
 
 
 def plain(value: Any) -> str:
