@@ -111,6 +111,24 @@ def test_steps_that_differ_are_not_compared_unless_flops_are_matched(tmp_path: P
     assert "final steps 120 and 100" in row["left_out"]
 
 
+@pytest.mark.parametrize(
+    ("optim", "reason"),
+    [
+        ({"learning_rate": 0.5}, "unlike optim.learning_rate"),
+        ({"grad_accum_steps": 2}, "16 and 8 sequences a step"),
+        ({"batch_size": 4, "grad_accum_steps": 2}, ""),
+    ],
+)
+def test_another_schedule_is_not_compared_but_another_split_is(
+    tmp_path: Path, optim: dict[str, float], reason: str
+) -> None:
+    plans = [PLANS[0], VariantPlan("other", "dense", model={"moe_layers": ()}, optim=optim)]
+    table = compare(collect(read_suite(write_suite(tmp_path, plans, seeds=(0, 1, 2)))))
+    row = one(table, variant="other", domain="all")
+    assert row["n"] == (0 if reason else 3)
+    assert reason in row["left_out"]
+
+
 def test_broken_runs_are_listed_and_left_out(broken: Path) -> None:
     found = collect(read_suite(broken))
     status = found.runs.set_index(["variant", "seed"])["status"]

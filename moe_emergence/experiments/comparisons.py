@@ -23,6 +23,7 @@ _NOT_COMPARED = frozenset(
 """Where a run is, and how it is executed; not what it computes."""
 
 _LENGTH = "optim.max_steps"
+_SCHEDULE = ("seed", "optim.learning_rate", "optim.warmup_fraction")
 
 
 def config_differences(
@@ -78,8 +79,10 @@ def _unlike(records: Records, comparison: Comparison, seed: int) -> Iterator[str
         changed.pop(_LENGTH, None)
     elif _LENGTH in changed:
         yield f"schedules of {changed[_LENGTH][0]} and {changed[_LENGTH][1]} steps"
-    if "seed" in changed:
-        yield "other seeds"
+    yield from (f"unlike {name}" for name in _SCHEDULE if name in changed)
+    rows = [c["optim"]["batch_size"] * c["optim"]["grad_accum_steps"] for c in configs if c]
+    if rows[0] != rows[1]:
+        yield f"{rows[0]} and {rows[1]} sequences a step"
 
 
 def compare(records: Records, margin: float = MARGIN) -> pd.DataFrame:
