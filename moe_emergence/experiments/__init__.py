@@ -1,0 +1,1 @@
+"""Suites of runs: what they found, compared by seed and against null models."""

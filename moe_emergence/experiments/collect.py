@@ -1,0 +1,157 @@
+"""From a suite's run folders to tidy tables; what is missing or broken is a row, not a gap."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from moe_emergence.config import DOMAINS
+from moe_emergence.experiments.description import BASE, SuiteFolder
+from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+
+ALL = "all"
+"""The "domain" that holds every evaluation token."""
+
+LOSS_KEYS = {
+    "eval/lm_loss": ALL,
+    **{f"eval/lm_loss_{domain}": domain for domain in DOMAINS},
+}
+_FRACTION = re.compile(r"router/layer_(\d+)_expert_(\d+)_frac")
+_ENTROPY = re.compile(r"router/layer_(\d+)_entropy")
+
+ENDED = ("completed", "collapsed")
+"""Statuses that end a run for good."""
+
+RUN_COLUMNS = (
+    "variant", "seed", "status", "final_step", "max_steps", "tokens_per_sec", "wall_seconds",
+    "problem",
+)  # fmt: skip
+LOSS_COLUMNS = ("variant", "seed", "step", "domain", "lm_loss")
+FRACTION_COLUMNS = ("variant", "seed", "step", "layer", "expert", "fraction")
+ENTROPY_COLUMNS = ("variant", "seed", "step", "layer", "entropy")
+FINAL_COLUMNS = (
+    "variant", "seed", "domain", "final_step", "final_lm_loss", "best_step", "best_lm_loss"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Records:
+    """Everything the run folders of a suite say; losses in nats per token."""
+
+    suite: SuiteFolder
+    runs: pd.DataFrame
+    """One row per variant and seed, the base and runs that do not exist included: `RUN_COLUMNS`.
+    `status` is that of the summary, "unfinished" (no summary), "unreadable" or "missing"."""
+    losses: pd.DataFrame
+    """`LOSS_COLUMNS`, every evaluation."""
+    fractions: pd.DataFrame
+    """`FRACTION_COLUMNS`: shares of a layer's assignments in a training step."""
+    entropies: pd.DataFrame
+    """`ENTROPY_COLUMNS`: mean entropy of the clean router probabilities, nats."""
+    configs: dict[tuple[str, int], dict[str, Any]]
+    """By variant and seed, where there is one."""
+    manifests: dict[tuple[str, int], dict[str, Any]]
+    environments: dict[tuple[str, int], dict[str, Any]]
+
+    def setting(self, variant: str, seed: int, dotted: str) -> Any:
+        """A field of a run's configuration, for example `model.top_k`; None where unknown."""
+        found: Any = self.configs.get((variant, seed))
+        for name in dotted.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
+    def status(self, variant: str, seed: int) -> str:
+        """Of one run, as in `runs`."""
+        here = (self.runs["variant"] == variant) & (self.runs["seed"] == seed)
+        return str(self.runs.loc[here, "status"].iloc[0]) if here.any() else "missing"
+
+
+def collect(suite: SuiteFolder) -> Records:
+    """Read every run folder of the suite."""
+    runs: list[dict[str, Any]] = []
+    losses: list[tuple[Any, ...]] = []
+    fractions: list[tuple[Any, ...]] = []
+    entropies: list[tuple[Any, ...]] = []
+    configs: dict[tuple[str, int], dict[str, Any]] = {}
+    manifests: dict[tuple[str, int], dict[str, Any]] = {}
+    environments: dict[tuple[str, int], dict[str, Any]] = {}
+    has_base = (suite.root / BASE).is_dir()
+    for variant in [*([BASE] if has_base else []), *(v.name for v in suite.variants)]:
+        for seed in suite.seeds:
+            key = variant, seed
+            run = suite.run(variant, seed)
+            row: dict[str, Any] = {"variant": variant, "seed": seed, "problem": ""}
+            runs.append(row)
+            try:
+                row |= _summary(run)
+                for path, found in (
+                    (run.config, configs),
+                    (run.data_manifest, manifests),
+                    (run.environment, environments),
+                ):
+                    if path.exists():
+                        found[key] = read_json(path)
+                metrics = read_metrics(run.metrics) if run.metrics.exists() else []
+                for measured in metrics:
+                    _sort_row(key, measured, losses, fractions, entropies)
+            except (ValueError, KeyError, OSError) as error:
+                row |= {"status": "unreadable", "problem": str(error)}
+            row["max_steps"] = configs.get(key, {}).get("optim", {}).get("max_steps")
+    return Records(
+        suite,
+        pd.DataFrame(runs, columns=list(RUN_COLUMNS)),
+        pd.DataFrame(losses, columns=list(LOSS_COLUMNS)),
+        pd.DataFrame(fractions, columns=list(FRACTION_COLUMNS)),
+        pd.DataFrame(entropies, columns=list(ENTROPY_COLUMNS)),
+        configs,
+        manifests,
+        environments,
+    )
+
+
+def _summary(run: RunFolder) -> dict[str, Any]:
+    """How the run ended, or why that is not known."""
+    if not run.exists:
+        return {"status": "missing", "problem": "no run folder"}
+    if not run.summary.exists():
+        return {"status": "unfinished", "problem": "no run_summary.json"}
+    values = read_json(run.summary)
+    wanted = ("status", "final_step", "tokens_per_sec", "wall_seconds")
+    return {name: values[name] for name in wanted}
+
+
+def _sort_row(
+    key: tuple[str, int],
+    row: dict[str, Any],
+    losses: list[tuple[Any, ...]],
+    fractions: list[tuple[Any, ...]],
+    entropies: list[tuple[Any, ...]],
+) -> None:
+    """Put what a row of `metrics.jsonl` measured where it belongs."""
+    for name, value in row.items():
+        if name in LOSS_KEYS:
+            losses.append((*key, row["step"], LOSS_KEYS[name], value))
+        elif match := _FRACTION.fullmatch(name):
+            fractions.append((*key, row["step"], int(match[1]), int(match[2]), value))
+        elif match := _ENTROPY.fullmatch(name):
+            entropies.append((*key, row["step"], int(match[1]), value))
+
+
+def final_losses(records: Records) -> pd.DataFrame:
+    """Last and lowest evaluation lm_loss per variant, seed and domain: `FINAL_COLUMNS`.
+
+    The best step is that of the lowest loss over all tokens, for every domain alike.
+    """
+    rows = []
+    for (variant, seed), run in records.losses.groupby(["variant", "seed"], sort=False):
+        table = run.drop_duplicates(["step", "domain"], keep="last").pivot(
+            index="step", columns="domain", values="lm_loss"
+        )
+        last = table.index.max()
+        best = table[ALL].idxmin() if ALL in table else last
+        for domain in table.columns:
+            rows.append(
+                (variant, seed, domain, last, table.at[last, domain], best, table.at[best, domain])
+            )
+    return pd.DataFrame(rows, columns=list(FINAL_COLUMNS))

@@ -1,0 +1,260 @@
+"""Do experts specialise? Information beside what routers carry that cannot have learned to.
+
+Every mixture run gets I(expert; domain) and I(expert; token type | domain) of its final model over
+the evaluation blocks, with a permutation null. Variants with a frozen or a hash router are the
+null models: a learned router specialises by as much as it exceeds them, seed by seed.
+
+Letters: N mixture layers, R blocks, L tokens per block, K experts per token.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from moe_emergence.analysis import information as info
+from moe_emergence.analysis.token_types import NUM_TYPES, TOKEN_TYPES
+from moe_emergence.config import DOMAINS
+from moe_emergence.experiments.collect import ENDED, Records
+from moe_emergence.experiments.paired import MIN_SEEDS, holm, paired_difference
+from moe_emergence.progress import progress_bar
+
+DOMAIN_LABEL = "domain"
+TYPE_LABEL = "token type"
+NULL_ROUTERS = ("frozen", "hash")
+_KEYS = ("token_ids", "domains", "layers", "experts")
+
+TypesOf = Callable[["Routing", int], npt.NDArray[np.int8] | None]
+"""Token types (R, L) of a routing's blocks for a seed; None where they cannot be known."""
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The experts that a model chose for its evaluation blocks, without noise."""
+
+    token_ids: npt.NDArray[np.int32]
+    """(R, L)"""
+    domains: npt.NDArray[np.int8]
+    """(R,) place in `DOMAINS`."""
+    layers: npt.NDArray[np.int16]
+    """(N,) index in the model."""
+    experts: npt.NDArray[np.int16]
+    """(N, R, L, K)"""
+
+
+def read_routing(path: Path) -> Routing:
+    """Read a `routing.npz`; `ValueError` naming the file when it is not one."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            routing = Routing(*(arrays[key] for key in _KEYS))
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: no routing can be read from it ({error})") from error
+    blocks = routing.token_ids.shape
+    if routing.experts.shape[:3] != (len(routing.layers), *blocks):
+        raise ValueError(f"{path}: experts {routing.experts.shape} are not of blocks {blocks}")
+    return routing
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How much is drawn for nulls and intervals, and from which seed."""
+
+    permutations: int = 1000
+    bootstrap: int = 1000
+    seed: int = 0
+
+
+def routing_information(
+    routing: Routing,
+    types_RL: npt.NDArray[np.int8] | None,
+    num_experts: int,
+    resampling: Resampling,
+) -> Iterator[dict[str, Any]]:
+    """Rows of bits, null and interval for every layer and label of one run.
+
+    The labels are the domain, the token type given the domain, and the type within each domain.
+    The interval is a bootstrap over blocks: of this model on other text, not of another seed.
+    """
+    for layer, experts in zip(routing.layers.tolist(), routing.experts, strict=True):
+        counts = info.expert_counts(experts, num_experts)
+        test = info.domain_null(
+            counts, routing.domains, len(DOMAINS), resampling.permutations, resampling.seed
+        )
+        present = np.unique(routing.domains)
+        strata = [counts[routing.domains == domain] for domain in present]
+        interval = info.bootstrap_interval(
+            strata, info.mutual_information, resamples=resampling.bootstrap, seed=resampling.seed
+        )
+        table = info.domain_table(counts, routing.domains, len(DOMAINS))
+        yield {"layer": layer, "label": DOMAIN_LABEL, **_row(test, interval, table)}
+        if types_RL is not None:
+            for row in _type_rows(routing, types_RL, experts, num_experts, resampling):
+                yield {"layer": layer, **row}
+
+
+def _type_rows(
+    routing: Routing,
+    types_RL: npt.NDArray[np.int8],
+    experts: npt.NDArray[np.int16],
+    num_experts: int,
+    resampling: Resampling,
+) -> Iterator[dict[str, Any]]:
+    tests, weights, blocks = [], [], []
+    for domain, name in enumerate(DOMAINS):
+        here = routing.domains == domain
+        if not here.any():
+            continue
+        chosen, types = experts[here], types_RL[here]
+        test = info.token_type_null(
+            chosen.reshape(-1, chosen.shape[-1]),
+            types.ravel(),
+            len(TOKEN_TYPES[name]),
+            num_experts,
+            resampling.permutations,
+            resampling.seed + domain,
+        )
+        counts = info.label_counts(chosen, types, NUM_TYPES, num_experts)
+        tests.append(test)
+        weights.append(float(types.size))
+        blocks.append(counts)
+        interval = _type_interval([counts], [1.0], resampling)
+        yield {"label": f"{TYPE_LABEL}: {name}", **_row(test, interval, counts.sum(axis=0))}
+    interval = _type_interval(blocks, weights, resampling)
+    pooled = info.conditional(tests, weights)
+    share = np.asarray(weights) / sum(weights)
+    tables = [counts.sum(axis=0) for counts in blocks]
+    row = _row(pooled, interval, tables[0])
+    row["bits_corrected"] = float(share @ [info.miller_madow(table) for table in tables])
+    uncertain = float(share @ [_label_entropy(table) for table in tables])
+    row["share_of_label"] = pooled.observed / uncertain if uncertain else 0.0
+    yield {"label": TYPE_LABEL, **row}
+
+
+def _label_entropy(table: npt.NDArray[np.integer[Any]]) -> float:
+    """Bits of the row labels: their information about themselves."""
+    return float(info.mutual_information(np.diag(table.sum(axis=1))))
+
+
+def _type_interval(
+    blocks: list[Any], weights: list[float], resampling: Resampling
+) -> tuple[float, float]:
+    share = np.asarray(weights) / sum(weights)
+    return info.bootstrap_interval(
+        blocks,
+        lambda tables: info.mutual_information(tables) @ share,
+        resamples=resampling.bootstrap,
+        seed=resampling.seed,
+    )
+
+
+def _row(
+    test: info.NullTest, interval: tuple[float, float], table: npt.NDArray[np.integer[Any]]
+) -> dict[str, float]:
+    return {
+        "bits": test.observed,
+        "bits_low": interval[0],
+        "bits_high": interval[1],
+        "bits_corrected": float(info.miller_madow(table)),
+        "share_of_label": float(info.normalised_information(table, by="row")),
+        "permuted_mean": float(test.null.mean()),
+        "permuted_95": float(np.quantile(test.null, 0.95)),
+        "excess": test.excess,
+        "p_permutation": test.p_value,
+    }
+
+
+def specialisation(
+    records: Records, types_of: TypesOf, resampling: Resampling
+) -> tuple[pd.DataFrame, list[str]]:
+    """`routing_information` of every mixture run that ended, and what could not be read.
+
+    Columns: variant, seed, router, num_experts, top_k, blocks, and those of the rows.
+    """
+    suite = records.suite
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
+    mixtures = [
+        key
+        for key in records.configs
+        if records.setting(*key, "model.moe_layers") and records.status(*key) in ENDED
+    ]
+    with progress_bar("information of experts", len(mixtures)) as advance:
+        for variant, seed in mixtures:
+            path = suite.routing(variant, seed)
+            num_experts = int(records.setting(variant, seed, "model.num_experts"))
+            run = {
+                "variant": variant,
+                "seed": seed,
+                "router": records.setting(variant, seed, "model.router"),
+                "num_experts": num_experts,
+                "top_k": records.setting(variant, seed, "model.top_k"),
+            }
+            try:
+                routing = read_routing(path) if path.exists() else None
+            except ValueError as error:
+                routing = None
+                problems.append(str(error))
+            if routing is None:
+                if not path.exists():
+                    problems.append(f"{variant} seed {seed}: no routing.npz")
+            else:
+                types = types_of(routing, seed)
+                blocks = {"blocks": len(routing.domains)}
+                found = routing_information(routing, types, num_experts, resampling)
+                rows.extend({**run, **blocks, **row} for row in found)
+            advance(1)
+    return pd.DataFrame(rows), problems
+
+
+def against_nulls(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
+    """Bits of every variant with a learned router less those of each null model, paired by seed.
+
+    A null model counts for a variant only with as many experts, as many of them per token, and a
+    mixture in the same layer. p-values are adjusted by Holm over all rows of the same label.
+    """
+    if table.empty:
+        return pd.DataFrame()
+    rows = []
+    shape = ["num_experts", "top_k", "layer", "label"]
+    learned = table[~table["router"].isin(NULL_ROUTERS)]
+    nulls = table[table["router"].isin(NULL_ROUTERS)]
+    for (variant, *key), runs in learned.groupby(["variant", *shape], sort=False):
+        alike = nulls[(nulls[shape] == key).all(axis=1)]
+        for null, controls in alike.groupby("variant", sort=False):
+            pairs = runs.merge(controls, on="seed", suffixes=("", "_null"))
+            gain = (pairs["bits"] - pairs["bits_null"]).tolist()
+            if gain:
+                rows.append(
+                    {
+                        "variant": variant,
+                        "null": null,
+                        "layer": key[2],
+                        "label": key[3],
+                        "bits": pairs["bits"].mean(),
+                        "bits_null": pairs["bits_null"].mean(),
+                        **asdict(paired_difference(gain)),
+                        "seeds": " ".join(map(str, pairs["seed"])),
+                    }
+                )
+    found = pd.DataFrame(rows)
+    if found.empty:
+        return found
+    found = found.drop(columns="p_equivalence")
+    found["p_holm"] = found.groupby("label")["p"].transform(holm)
+    found["verdict"] = [
+        _verdict(row.mean, row.n, row.p_holm, alpha) for row in found.itertuples(index=False)
+    ]
+    return found
+
+
+def _verdict(mean: float, n: int, p: float, alpha: float) -> str:
+    if n < MIN_SEEDS:
+        return "too few seeds"
+    if p >= alpha:
+        return "undecided"
+    return "more than the null" if mean > 0 else "less than the null"
