@@ -1,5 +1,6 @@
 """Every command in README and docs works, shortened, from a folder that is not the repository."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -22,7 +23,8 @@ DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"
 DOCUMENTS += [REPOSITORY / "CONTRIBUTING.md"]
 
 # what a test cannot run: installers and this test suite itself, servers, hooks
-NOT_RUN = ("pip install", "pytest", "tensorboard ", "pre-commit ", "bash .ci/run", "git ")
+NOT_RUN = ("pip install", "pytest", "tensorboard ", "pre-commit ", "bash ", "git ")
+NOT_RUN += ("python -m benchmarks.",)
 
 LAUNCHERS = {
     "accelerate": "accelerate.commands.accelerate_cli",
@@ -119,6 +121,20 @@ def test_commands_work_one_after_another(
         assert words[0] == "python", shown
         done = command(*words[1:])
         assert done.returncode == 0, f"{shown}\n{done.stderr[-3000:]}"
+
+
+def test_benchmark_commands_have_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are run, at toy size, by the tests of the benchmarks."""
+    shown = [c for c in shown_commands() if c.text.startswith("python -m benchmarks.")]
+    assert shown
+    for command in shown:
+        module = importlib.import_module(command.words[2])
+        with pytest.raises(SystemExit) as done:
+            module.main(["--help"])
+        assert done.value.code == 0
+        known = capsys.readouterr().out
+        for flag in (word for word in command.words[3:] if word.startswith("--")):
+            assert re.search(rf"(?<![\w-]){flag}(?![\w-])", known), command
 
 
 def test_links_between_documents_lead_somewhere() -> None:

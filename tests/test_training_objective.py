@@ -3,9 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,10 +15,15 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 
+from moe_emergence.config import OptimConfig
+from moe_emergence.data.loader import StepBatch
 from moe_emergence.models import upcycle
+from moe_emergence.moe import RouterNoise
 from moe_emergence.training import objective
 from moe_emergence.training.objective import NextTokenLoss, next_token_losses
 from moe_emergence.training.operators import causal_attention, use_fast_operators
+from moe_emergence.training.schedules import build_optimizer
+from moe_emergence.training.step import forward_backward
 
 CPU = torch.device("cpu")
 
@@ -175,6 +182,39 @@ def test_generation_with_fast_operators() -> None:
         m.generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (fast, plain)
     )
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("scope", ["global", "micro"])
+def test_loss_curve_is_that_of_a_plain_loop(scope: Literal["global", "micro"]) -> None:
+    """Ten steps in fp32, against the model's own losses and AdamW without fused operators."""
+    optim = OptimConfig(learning_rate=1e-2, balance_scope=scope)
+    ids = torch.randint(0, 50, (2, 2, 40), generator=torch.Generator().manual_seed(0))
+    plain, fast = (upcycle(model(), [1], 4, 1).train() for _ in range(2))
+    plain.config.lb_coef, plain.config.z_coef = optim.lb_coef, optim.z_coef
+    accelerator = Accelerator(cpu=True)
+    use_fast_operators(fast, CPU, "no")
+    loss, optimizer = accelerator.prepare(NextTokenLoss(fast), build_optimizer(fast, optim))
+    reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.0, foreach=False)
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    ours, theirs = [], []
+    for step in range(10):
+        noise = RouterNoise(0.1, 0, step)
+        sums = forward_backward(
+            accelerator, loss, StepBatch(ids, torch.zeros(2, 2).long()), optim, noise
+        )
+        ours.append(float(sums.lm_loss))
+        batches = ids.flatten(0, 1).split(4 if scope == "global" else 2)
+        outputs = []
+        for i, batch in enumerate(batches):
+            at = RouterNoise(0.1, 0, step, first_token=i * batch.numel())
+            outputs.append(plain(input_ids=batch, labels=batch, router_noise=at))
+            (outputs[-1].loss / len(batches)).backward()
+        theirs.append(sum(o.lm_loss.item() for o in outputs) / len(outputs))
+        for one in (optimizer, reference):
+            one.step()
+            one.zero_grad(set_to_none=True)
+    assert ours[-1] < ours[0] - 0.5
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 FAULTS = """
