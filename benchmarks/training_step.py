@@ -7,10 +7,9 @@ Letters: A micro-batches, B sequences in one, L tokens in a sequence.
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -21,7 +20,6 @@ from benchmarks.results import Record, Row
 from benchmarks.roofline import measure_rates
 from benchmarks.workers import Worker, take_turns
 from moe_emergence.config import OptimConfig
-from moe_emergence.data.loader import StepBatch
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise
@@ -99,6 +97,43 @@ class First:
     parameters: int
 
 
+class Batch(NamedTuple):
+    """A step's tokens (A, B, L) and domains (A, B), as the loader's `StepBatch`."""
+
+    input_ids: Tensor
+    domain_ids: Tensor
+
+
+@dataclass(frozen=True)
+class OneProcess:
+    """What the step asks of accelerate's `Accelerator`, which a GPU machine may lack."""
+
+    device: torch.device
+    num_processes: int = 1
+    process_index: int = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Of this process."""
+        loss.backward()
+
+    def no_sync(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
+        """There is nobody to wait for."""
+        return contextlib.nullcontext()
+
+
+class Autocast(torch.nn.Module):
+    """A model whose forward pass is in bf16 where that is enabled."""
+
+    def __init__(self, model: torch.nn.Module, device: torch.device, *, enabled: bool) -> None:
+        super().__init__()
+        self.model, self.device, self.enabled = model, device, enabled
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the model returns."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.enabled):
+            return self.model(*inputs)
+
+
 class Bench:
     """One kind of model in training, with its data; dispatchers share one mixture."""
 
@@ -112,14 +147,13 @@ class Bench:
     ) -> None:
         self.setup, self.precision = setup, "fp32" if kind == "predecessor" else precision
         self.kind = kind
-        mixed = "bf16" if self.precision == "bf16" else "no"
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+        self.accelerator = OneProcess(torch.device(device))
         self.device = self.accelerator.device
         size = (setup.accumulate, setup.batch, setup.block)
         torch.manual_seed(0)
         input_ids_ABL = torch.randint(setup.vocabulary, size)
         domain_ids_AB = torch.arange(size[0] * size[1]).view(size[:2]) % 3
-        self.batch = StepBatch(input_ids_ABL.to(self.device), domain_ids_AB.to(self.device))
+        self.batch = Batch(input_ids_ABL.to(self.device), domain_ids_AB.to(self.device))
         config = GPT2Config(
             vocab_size=setup.vocabulary,
             n_positions=setup.block,
@@ -145,11 +179,11 @@ class Bench:
             return
         if self.device.type == "cpu" and "kept memory" not in without:
             keep_freed_memory()
-        optimizer = build_optimizer(self.model, OPTIM)
+        self.optimizer = build_optimizer(self.model, OPTIM)
         if "fast operators" not in without:
-            use_fast_operators(self.model, self.device, mixed)
+            use_fast_operators(self.model, self.device, self.precision)
         loss = PlainLoss(self.model) if "head loss" in without else NextTokenLoss(self.model)
-        self.trained, self.optimizer = self.accelerator.prepare(loss, optimizer)
+        self.trained = Autocast(loss, self.device, enabled=self.precision == "bf16")
 
     def look(self, name: str) -> First:
         """First loss and gradient norm over the first micro-batch."""
@@ -189,8 +223,10 @@ class Bench:
         self._dispatch(name)
         noise = RouterNoise(OPTIM.noise_std, 0, 0) if self.kind == "mixture" else None
         optim = replace(OPTIM, balance_scope="micro" if name.endswith("-micro") else "global")
-        forward_backward(self.accelerator, self.trained, self.batch, optim, noise)
-        self.accelerator.clip_grad_norm_(self.trained.parameters(), OPTIM.max_grad_norm)
+        one: Any = self.accelerator
+        batch: Any = self.batch
+        forward_backward(one, self.trained, batch, optim, noise)
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), OPTIM.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

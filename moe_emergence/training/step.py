@@ -8,15 +8,20 @@ import dataclasses
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
 from moe_emergence.config import DOMAINS, OptimConfig
-from moe_emergence.data.loader import StepBatch
 from moe_emergence.moe import RouterDecision, RouterNoise, auxiliary_losses
+
+if TYPE_CHECKING:
+    # the step itself needs neither, and is measured where they are not installed
+    from accelerate import Accelerator
+
+    from moe_emergence.data.loader import StepBatch
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ def forward(
 
 
 def forward_backward(
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     model: torch.nn.Module,
-    batch: StepBatch,
+    batch: "StepBatch",
     optim: OptimConfig,
     noise: RouterNoise | None,
 ) -> StepStatistics:
@@ -106,7 +111,7 @@ def forward_backward(
 
 
 def _noise_from(
-    noise: RouterNoise | None, accelerator: Accelerator, micro: int, tokens: int
+    noise: RouterNoise | None, accelerator: "Accelerator", micro: int, tokens: int
 ) -> RouterNoise | None:
     """The step's noise from micro-batch `micro` of this process on, each of `tokens` tokens.
 
@@ -119,7 +124,7 @@ def _noise_from(
     return dataclasses.replace(noise, first_token=place * tokens, run=tokens, stride=stride)
 
 
-def _global_fractions(accelerator: Accelerator, done: Pass) -> list[Tensor]:
+def _global_fractions(accelerator: "Accelerator", done: Pass) -> list[Tensor]:
     """Per layer the share (E,) of the whole step's assignments, over all processes."""
     counts_NE = _counts([done]).double()
     if accelerator.num_processes > 1:
@@ -134,7 +139,7 @@ def _counts(passes: Sequence[Pass]) -> Tensor:
 
 
 def _sum_up(
-    accelerator: Accelerator,
+    accelerator: "Accelerator",
     passes: Sequence[Pass],
     lb_losses: Sequence[Tensor],
     z_losses: Sequence[Tensor],
