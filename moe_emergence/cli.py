@@ -8,6 +8,7 @@ from moe_emergence.command import run
 VERBS = {
     "train": "upcycle, train, evaluate and resume",
     "verify": "certify that a path computes what the sequential one defines",
+    "suite": "plan, run and report an experiment of many runs",
     "generate": "continue a prompt, and see which expert reads which token",
 }
 

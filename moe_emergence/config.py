@@ -42,6 +42,9 @@ class ModelConfig:
     router: Literal["learned", "frozen", "hash"] = "learned"
     """Router: learned, or one of the null models: frozen (random, never trained) or hash (of the
     token id)."""
+    top1_weight: Literal["straight-through", "probability"] = "straight-through"
+    """Weight of a top-1 expert's output: 1 with the gradient of the chosen probability, or that
+    probability itself (arXiv 2101.03961)."""
     expert_bias_rate: float = 0.0
     """Step of the loss-free balancing bias, used for selection only (arXiv 2408.15664); 0 turns it
     off."""
@@ -64,6 +67,12 @@ class ModelConfig:
             "--top-k",
             self.top_k,
             f"give a number from 1 to --num-experts ({self.num_experts})",
+        )
+        check(
+            self.top1_weight == "straight-through" or (self.top_k == 1 and self.router != "hash"),
+            "--top1-weight",
+            self.top1_weight,
+            "only a top-1 router with probabilities has it; give --top-k 1 and no hash router",
         )
         check(self.upcycle_noise >= 0, "--upcycle-noise", self.upcycle_noise, "give 0 or more")
         check(
@@ -110,6 +119,9 @@ class DataConfig:
     """Text to read per domain, in megabytes (10^6 bytes of UTF-8)."""
     block_size: int = 512
     """Tokens per training sequence."""
+    split_seed: int | None = None
+    """Seed of the sources' order, the split and the blocks, so that runs of other seeds share them;
+    none takes --seed."""
     balance_tokens: bool = True
     """Give every domain the same number of training blocks (shuffle, then truncate)."""
     tokenizer: str = "gpt2"
@@ -133,6 +145,12 @@ class DataConfig:
             "--vocab-size",
             self.vocab_size,
             "give at least 257 (256 bytes and the end-of-text token)",
+        )
+        check(
+            self.split_seed is None or 0 <= self.split_seed < 2**31,
+            "--split-seed",
+            self.split_seed,
+            "give a number from 0 to 2^31 - 1",
         )
         check(bool(self.data), "--data", repr(self.data), 'give "embedded", "hub" or a folder')
         for pair in self.hub_revision:

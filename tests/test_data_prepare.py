@@ -48,6 +48,20 @@ def prepared(config: DataConfig):
     return prepare_data(config, 7)
 
 
+def test_runs_of_one_split_seed_share_their_blocks_whatever_their_own_seed(
+    prepared, config
+) -> None:
+    shared = prepare_data(dataclasses.replace(config, split_seed=7), 12)
+    other = prepare_data(config, 12)
+    check_same_data(shared.manifest, prepared.manifest)
+    for domain in DOMAINS:
+        assert torch.equal(shared.train_blocks[domain], prepared.train_blocks[domain])
+        assert torch.equal(shared.eval_blocks[domain], prepared.eval_blocks[domain])
+    assert hash_blocks(other.eval_blocks["code"].numpy()) != hash_blocks(
+        shared.eval_blocks["code"].numpy()
+    )
+
+
 def test_blocks_and_manifest_agree(prepared, config: DataConfig) -> None:
     domains = prepared.manifest["domains"]
     assert list(prepared.train_blocks) == list(prepared.eval_blocks) == list(domains)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_emergence.moe import HashRouter, MoELayer, RouterDecision, RouterNoise, TopKRouter
+from moe_emergence.moe.dispatch import get_dispatcher
 
 NOISE = RouterNoise(std=1.0, seed=3, step=5)
 
@@ -108,6 +109,42 @@ def test_top_1_is_straight_through(std) -> None:
     torch.testing.assert_close(ours[0], dlogits @ router.weight.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(ours[1], dlogits.T @ x_TH.detach(), rtol=1e-10, atol=1e-12)
     assert ours[1].abs().max() > 1e-2  # renormalised top-1 would give 0 (minimind 858)
+
+
+@pytest.mark.parametrize("std", [0.0, 0.7], ids=["quiet", "noisy"])
+def test_a_probability_weight_is_the_chosen_probability_with_its_gradient(std) -> None:
+    plain = TopKRouter(6, 5, 1, top1_weight="probability").double()
+    through = TopKRouter(6, 5, 1).double()
+    through.load_state_dict(plain.state_dict())
+    noise = dataclasses.replace(NOISE, std=std)
+    x_TH = 20 * torch.randn(40, 6, generator=seeded(2), dtype=torch.float64)
+    x_TH.requires_grad_()
+    upstream = torch.randn(40, 1, generator=seeded(3), dtype=torch.float64)
+    decision, reference = plain(x_TH, noise), through(x_TH, noise)
+    assert torch.equal(decision.topk_experts, reference.topk_experts)
+    chosen = reference.noisy_probs.gather(1, reference.topk_experts)
+    assert torch.equal(decision.topk_weights, chosen)
+    ours = torch.autograd.grad(decision.topk_weights, [x_TH, plain.weight], upstream)
+    theirs = torch.autograd.grad(reference.topk_weights, [x_TH, through.weight], upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    assert ours[1].abs().max() > 1e-2
+
+
+def test_paths_agree_on_probability_weights() -> None:
+    layer = MoELayer(8, 16, 4, 1, top1_weight="probability").double()
+    x_TH = torch.randn(30, 8, generator=seeded(6), dtype=torch.float64)
+    results = []
+    for name in ("sequential", "fused"):
+        layer.dispatcher = get_dispatcher(name)
+        layer.zero_grad()
+        y_TH, _ = layer(x_TH)
+        y_TH.square().sum().backward()
+        results.append([y_TH.detach(), *(p.grad.clone() for p in layer.parameters())])
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert results[0][0].abs().max() > 0
 
 
 @pytest.mark.parametrize("top_k", [2, 3, 5], ids=["two", "three", "all"])

@@ -41,8 +41,11 @@ class PreparedData:
 def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     """Read the texts and make the blocks; the same configuration and seed make the same blocks.
 
+    The seed is that of the run; `config.split_seed` takes its place where there is one.
+
     Raises `ValueError` naming the flag, file or domain for whatever cannot be read or is too small.
     """
+    seed = seed if config.split_seed is None else config.split_seed
     # A tokenizer that is not there should not be found out after minutes of reading.
     ready = None if config.tokenizer == "train" else load_tokenizer(config, ())
     sources = read_sources(config, seed)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from moe_emergence.analysis.routing_record import ROUTING_FILE
 from moe_emergence.run_folder import RunFolder, read_json
 
 Matching = Literal["steps", "flops"]
@@ -52,7 +53,7 @@ class SuiteFolder:
 
     def routing(self, variant: str, seed: int) -> Path:
         """The final model's routing of the evaluation blocks."""
-        return self.run(variant, seed).root / "routing.npz"
+        return self.run(variant, seed).root / ROUTING_FILE
 
 
 def read_suite(root: Path) -> SuiteFolder:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moe_emergence.analysis.routing_record import RoutingRecord
 from moe_emergence.analysis.token_types import token_types
 from moe_emergence.data.tokenizer import folder_tokenizer
 from moe_emergence.experiments import figures, sections
@@ -20,7 +21,6 @@ from moe_emergence.experiments.comparisons import MARGIN, compare
 from moe_emergence.experiments.description import BASE, SuiteFolder, read_suite
 from moe_emergence.experiments.specialisation import (
     Resampling,
-    Routing,
     TypesOf,
     against_nulls,
     specialisation,
@@ -88,7 +88,7 @@ def tokenizer_types(suite: SuiteFolder) -> TypesOf:
     """Types of a routing's tokens, with the tokenizer that the runs of the seed left behind."""
     known: dict[tuple[str, bytes], npt.NDArray[np.int8]] = {}
 
-    def types(routing: Routing, seed: int) -> npt.NDArray[np.int8] | None:
+    def types(routing: RoutingRecord, seed: int) -> npt.NDArray[np.int8] | None:
         folder = _tokenizer_folder(suite, seed)
         if folder is None:
             return None

@@ -7,10 +7,8 @@ null models: a learned router specialises by as much as it exceeds them, seed by
 Letters: N mixture layers, R blocks, L tokens per block, K experts per token.
 """
 
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from moe_emergence.analysis import information as info
+from moe_emergence.analysis.routing_record import RoutingRecord, read_routing
 from moe_emergence.analysis.token_types import NUM_TYPES, TOKEN_TYPES
 from moe_emergence.config import DOMAINS
 from moe_emergence.experiments.collect import ENDED, Records
@@ -27,37 +26,9 @@ from moe_emergence.progress import progress_bar
 DOMAIN_LABEL = "domain"
 TYPE_LABEL = "token type"
 NULL_ROUTERS = ("frozen", "hash")
-_KEYS = ("token_ids", "domains", "layers", "experts")
 
-TypesOf = Callable[["Routing", int], npt.NDArray[np.int8] | None]
+TypesOf = Callable[[RoutingRecord, int], npt.NDArray[np.int8] | None]
 """Token types (R, L) of a routing's blocks for a seed; None where they cannot be known."""
-
-
-@dataclass(frozen=True)
-class Routing:
-    """The experts that a model chose for its evaluation blocks, without noise."""
-
-    token_ids: npt.NDArray[np.int32]
-    """(R, L)"""
-    domains: npt.NDArray[np.int8]
-    """(R,) place in `DOMAINS`."""
-    layers: npt.NDArray[np.int16]
-    """(N,) index in the model."""
-    experts: npt.NDArray[np.int16]
-    """(N, R, L, K)"""
-
-
-def read_routing(path: Path) -> Routing:
-    """Read a `routing.npz`; `ValueError` naming the file when it is not one."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            routing = Routing(*(arrays[key] for key in _KEYS))
-    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: no routing can be read from it ({error})") from error
-    blocks = routing.token_ids.shape
-    if routing.experts.shape[:3] != (len(routing.layers), *blocks):
-        raise ValueError(f"{path}: experts {routing.experts.shape} are not of blocks {blocks}")
-    return routing
 
 
 @dataclass(frozen=True)
@@ -70,7 +41,7 @@ class Resampling:
 
 
 def routing_information(
-    routing: Routing,
+    routing: RoutingRecord,
     types_RL: npt.NDArray[np.int8] | None,
     num_experts: int,
     resampling: Resampling,
@@ -98,7 +69,7 @@ def routing_information(
 
 
 def _type_rows(
-    routing: Routing,
+    routing: RoutingRecord,
     types_RL: npt.NDArray[np.int8],
     experts: npt.NDArray[np.int16],
     num_experts: int,

@@ -4,7 +4,7 @@ from typing import get_args
 
 from transformers import GPT2Config
 
-from moe_emergence.moe.routing import RouterKind
+from moe_emergence.moe.routing import RouterKind, Top1Weight
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """transformers' names for the activation of GPT-2's MLP."""
@@ -18,6 +18,7 @@ class MoEGPT2Config(GPT2Config):
         num_experts: E.
         num_experts_per_tok: K.
         router: "learned", "frozen" or "hash", see `moe_emergence.moe.routing`.
+        top1_weight: "straight-through" or "probability", see `moe_emergence.moe.routing`.
         use_expert_bias: routers carry a selection-only bias.
         lb_coef, z_coef: weights of the balance and z losses in the output's `loss`.
 
@@ -37,6 +38,7 @@ class MoEGPT2Config(GPT2Config):
     num_experts: int = 8
     num_experts_per_tok: int = 1
     router: RouterKind = "learned"
+    top1_weight: Top1Weight = "straight-through"
     use_expert_bias: bool = False
     lb_coef: float = 0.01
     z_coef: float = 0.001
@@ -49,6 +51,9 @@ class MoEGPT2Config(GPT2Config):
         if self.router not in get_args(RouterKind):
             kinds = ", ".join(get_args(RouterKind))
             raise ValueError(f"router {self.router!r}: choose from {kinds}")
+        if self.top1_weight not in get_args(Top1Weight):
+            kinds = ", ".join(get_args(Top1Weight))
+            raise ValueError(f"top1_weight {self.top1_weight!r}: choose from {kinds}")
         if self.moe_layers and self.activation_function not in TANH_GELU:
             raise ValueError(
                 f"activation_function {self.activation_function!r}: experts have a tanh GELU, "

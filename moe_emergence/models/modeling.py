@@ -78,6 +78,7 @@ class MoEGPT2Block(GradientCheckpointingLayer):
                 config.num_experts,
                 config.num_experts_per_tok,
                 router=config.router,
+                top1_weight=config.top1_weight,
                 use_expert_bias=config.use_expert_bias,
                 layer=layer_idx,
             )

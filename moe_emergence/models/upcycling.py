@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel
 from moe_emergence.models.configuration import TANH_GELU, MoEGPT2Config
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel
 from moe_emergence.moe import MoELayer, TopKRouter
-from moe_emergence.moe.routing import RouterKind
+from moe_emergence.moe.routing import RouterKind, Top1Weight
 
 
 @torch.no_grad()
@@ -26,6 +26,7 @@ def upcycle(
     noise: float = 1e-3,
     seed: int = 0,
     router: RouterKind = "learned",
+    top1_weight: Top1Weight = "straight-through",
     use_expert_bias: bool = False,
     dispatch: str = "auto",
     lb_coef: float = 0.01,
@@ -35,7 +36,8 @@ def upcycle(
 
     Every expert is a copy of its layer's MLP plus Gaussian noise of `noise` times the standard
     deviation of each parameter; everything else is copied exactly. With noise 0 the logits equal
-    the dense model's. The dense model is not changed.
+    the dense model's, unless a top-1 expert is weighted by its probability. The dense model is not
+    changed.
 
     Args:
         dense_model: GPT-2 with its tanh GELU.
@@ -43,7 +45,7 @@ def upcycle(
         num_experts, top_k: E experts, of which K see each token.
         noise: relative standard deviation of the noise that breaks the experts' symmetry.
         seed: of that noise and of the router's weights.
-        router, use_expert_bias, dispatch: see `MoELayer`.
+        router, top1_weight, use_expert_bias, dispatch: see `MoELayer`.
         lb_coef, z_coef: weights of the auxiliary losses in the output's `loss`.
 
     Raises:
@@ -67,6 +69,7 @@ def upcycle(
         num_experts=num_experts,
         num_experts_per_tok=top_k,
         router=router,
+        top1_weight=top1_weight,
         use_expert_bias=use_expert_bias,
         lb_coef=lb_coef,
         z_coef=z_coef,

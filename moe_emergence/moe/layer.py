@@ -8,7 +8,13 @@ from emergence_kernels.activations import Activation
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.noise import RouterNoise
-from moe_emergence.moe.routing import HashRouter, RouterDecision, RouterKind, TopKRouter
+from moe_emergence.moe.routing import (
+    HashRouter,
+    RouterDecision,
+    RouterKind,
+    Top1Weight,
+    TopKRouter,
+)
 
 
 class MoELayer(nn.Module):
@@ -21,6 +27,7 @@ class MoELayer(nn.Module):
         top_k: K.
         activation: "gelu_tanh" (GPT-2, with biases) or "swiglu" (without).
         router: "learned", or the null models "frozen" and "hash".
+        top1_weight: weight of a top-1 expert's output, see `TopKRouter`.
         use_expert_bias: give the router a selection-only bias for loss-free balancing.
         dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
             any time and is not part of the state dict.
@@ -36,6 +43,7 @@ class MoELayer(nn.Module):
         *,
         activation: Activation = "gelu_tanh",
         router: RouterKind = "learned",
+        top1_weight: Top1Weight = "straight-through",
         use_expert_bias: bool = False,
         dispatch: str = "auto",
         layer: int = 0,
@@ -53,6 +61,7 @@ class MoELayer(nn.Module):
                 top_k,
                 frozen=router == "frozen",
                 use_expert_bias=use_expert_bias,
+                top1_weight=top1_weight,
             )
         self.experts = Experts(num_experts, hidden_size, expert_size, activation)
         self.dispatcher = get_dispatcher(dispatch)

@@ -14,6 +14,7 @@ from emergence_kernels import route
 from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash_int, hash_tensor
 
 RouterKind = Literal["learned", "frozen", "hash"]
+Top1Weight = Literal["straight-through", "probability"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class RouterDecision:
     topk_experts: Tensor
     """(T, K) int64, best first, distinct within a token."""
     topk_weights: Tensor
-    """(T, K): 1 for top-1 (straight-through), summing to 1 for K > 1."""
+    """(T, K): summing to 1 for K > 1; for top-1 straight-through 1, or the chosen probability."""
     sums: RouterSums | None = None
     """Where the router computed them on its way."""
 
@@ -71,9 +72,11 @@ class TopKRouter(nn.Module):
     """Linear router with softmax over experts and (optionally noisy) top-k selection.
 
     The router computes in fp32 whatever the autocast (fp64 for fp64 inputs). Noise is added only
-    in training. With `frozen` the weight is never trained and nothing flows back through the
-    router: the null model of a learned one. `expert_bias` moves the selection only, never the
-    weights (loss-free balancing, arXiv 2408.15664).
+    in training. A top-1 expert's output is weighted by 1, with the gradient of the chosen noisy
+    probability, or with `top1_weight` "probability" by that probability (Switch Transformer,
+    arXiv 2101.03961, equation 2). With `frozen` the weight is never trained and nothing flows back
+    through the router: the null model of a learned one. `expert_bias` moves the selection only,
+    never the weights (loss-free balancing, arXiv 2408.15664).
 
     Raises:
         ValueError: if top_k is not in [1, num_experts].
@@ -90,9 +93,11 @@ class TopKRouter(nn.Module):
         *,
         frozen: bool = False,
         use_expert_bias: bool = False,
+        top1_weight: Top1Weight = "straight-through",
     ) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
+        self.weigh_by_probability = top_k == 1 and top1_weight == "probability"
         self.top_k = top_k
         self.frozen = frozen
         weight_EH = torch.empty(num_experts, hidden_size)
@@ -118,12 +123,15 @@ class TopKRouter(nn.Module):
                     noise, logits_TE.shape[0], logits_TE.shape[1], logits_TE.device
                 )
             routing = route(logits_TE, self.top_k, deviates_TE, self.expert_bias)
+            weights_TK = routing.weights_TK
+            if self.weigh_by_probability:
+                weights_TK = routing.noisy_probs_TE.gather(1, routing.experts_TK)
         return RouterDecision(
             logits_TE,
             routing.probs_TE,
             routing.noisy_probs_TE,
             routing.experts_TK,
-            routing.weights_TK,
+            weights_TK,
             RouterSums(routing.expert_counts_E, routing.prob_sums_E, routing.z_sum),
         )
 

@@ -156,6 +156,7 @@ def _upcycled(
         noise=model.upcycle_noise,
         seed=config.seed,
         router=model.router,
+        top1_weight=model.top1_weight,
         use_expert_bias=model.expert_bias_rate > 0,
         lb_coef=optim.lb_coef,
         z_coef=optim.z_coef,

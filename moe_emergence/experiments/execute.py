@@ -1,0 +1,184 @@
+"""Run what a plan lacks, each run in a process of its own, some at a time.
+
+What is complete is skipped, what was cut off goes on from its newest checkpoint, and a run that
+fails costs only itself and, if it is a base, the runs that start from it.
+"""
+
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO
+
+from moe_emergence.analysis.routing_record import ROUTING_FILE
+from moe_emergence.config import RunConfig
+from moe_emergence.errors import INTERRUPTED
+from moe_emergence.experiments.description import BASE
+from moe_emergence.experiments.live import LiveTable
+from moe_emergence.experiments.plan import PlannedRun
+from moe_emergence.run_folder import read_json, write_json
+from moe_emergence.settings import from_dict, to_dict
+from moe_emergence.training.interrupt import StopRequest
+from moe_emergence.training.resume import check_same_run
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+
+
+@dataclass
+class RunState:
+    """A planned run and how far it has come: complete, waiting, running, failed or stopped."""
+
+    planned: PlannedRun
+    state: str = "waiting"
+    note: str = ""
+    process: subprocess.Popen[bytes] | None = None
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How runs are executed; no part of what they compute."""
+
+    root: Path
+    jobs: int = 1
+    threads: int = 0
+    """Of each process on a CPU; 0 leaves it to torch."""
+    keep_models: bool = False
+    command: tuple[str, ...] = field(
+        default=(sys.executable, "-m", "moe_emergence.experiments.worker")
+    )
+
+
+def is_complete(planned: PlannedRun) -> bool:
+    """Whether a run has ended for good and left all that the report needs.
+
+    Raises:
+        ValueError: when its folder holds a run with other settings.
+    """
+    run = planned.run
+    if run.config.exists():
+        saved = from_dict(RunConfig, read_json(run.config))
+        try:
+            check_same_run(saved, planned.config)
+        except ValueError as error:
+            raise ValueError(f"{run.root}: {error}, or another --out") from error
+    if not run.summary.exists():
+        return False
+    if read_json(run.summary).get("status") not in ("completed", "collapsed"):
+        return False
+    if planned.variant == BASE:
+        return run.final_model.is_dir()
+    return not planned.config.model.moe_layers or (run.root / ROUTING_FILE).exists()
+
+
+def execute(runs: Sequence[PlannedRun], execution: Execution) -> list[RunState]:
+    """Do what is missing; returns the state of every run.
+
+    Ctrl-C and SIGTERM stop the running processes, which save a checkpoint; the next call goes on.
+
+    Raises:
+        ValueError: when a folder holds a run with other settings; nothing has begun then.
+    """
+    states = [RunState(p, "complete" if is_complete(p) else "waiting") for p in runs]
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        table = stack.enter_context(LiveTable([state.planned for state in states]))
+        try:
+            while _advance(states, execution, stopping=stop.requested):
+                table.show([(s.state, s.note) for s in states])
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for state in states:
+                if state.process is not None:
+                    state.process.terminate()
+                    state.process.wait()
+        table.show([(s.state, s.note) for s in states])
+    return states
+
+
+def _advance(states: Sequence[RunState], execution: Execution, *, stopping: bool) -> bool:
+    """Look after the running processes and start what can start; whether anything is left."""
+    for state in states:
+        if state.process is not None:
+            _look_after(state, execution, stopping=stopping)
+    running = sum(state.process is not None for state in states)
+    if stopping:
+        return running > 0
+    for state in states:
+        if running >= execution.jobs:
+            break
+        if state.state == "waiting" and _may_start(state, states):
+            _start(state, execution)
+            running += 1
+    return running > 0
+
+
+def _may_start(state: RunState, states: Sequence[RunState]) -> bool:
+    """Whether the base is there; a run whose base failed is failed too."""
+    if not state.planned.needs_base:
+        return True
+    base = next(
+        s for s in states if s.planned.variant == BASE and s.planned.seed == state.planned.seed
+    )
+    if base.state == "failed":
+        state.state, state.note = "failed", "its base failed"
+        logger.error("%s: its base failed", state.planned.name)
+    return base.state == "complete"
+
+
+def _paths(planned: PlannedRun, root: Path) -> tuple[Path, Path]:
+    """Where the plan and the log of a run are."""
+    name = planned.name.replace("/", "-")
+    return root / "plans" / f"{name}.json", root / "logs" / f"{name}.log"
+
+
+def _start(state: RunState, execution: Execution) -> None:
+    plan, log = _paths(state.planned, execution.root)
+    write_json(plan, to_dict(state.planned.config))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["--threads", str(execution.threads)] if execution.threads else []
+    flags += ["--keep-models"] if execution.keep_models else []
+    with log.open("ab") as file:
+        state.process = _spawn([*execution.command, str(plan), *flags], file)
+    state.state, state.note = "running", ""
+    logger.info("%s begins", state.planned.name)
+
+
+def _spawn(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A process of a session of its own: Ctrl-C reaches this process, which ends it properly."""
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+
+
+def _look_after(state: RunState, execution: Execution, *, stopping: bool) -> None:
+    process = state.process
+    assert process is not None
+    if stopping and state.state == "running":
+        process.terminate()
+        state.state = "stopping"
+    code = process.poll()
+    if code is None:
+        return
+    state.process = None
+    if code == 0 and is_complete(state.planned):
+        state.state = "complete"
+        logger.info("%s is complete", state.planned.name)
+    elif stopping or code == INTERRUPTED:
+        state.state = "stopped"
+    else:
+        _, log = _paths(state.planned, execution.root)
+        state.state, state.note = "failed", _last_line(log) or f"exit code {code}"
+        logger.error(
+            "%s failed with exit code %d (%s); see %s", state.planned.name, code, state.note, log
+        )
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1].strip()[:200] if lines else ""

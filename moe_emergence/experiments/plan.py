@@ -1,0 +1,161 @@
+"""From a suite to its runs: one configuration for every variant and seed, dense bases first."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from moe_emergence.config import RunConfig
+from moe_emergence.experiments.description import BASE
+from moe_emergence.experiments.flops import steps_for, training_flops
+from moe_emergence.experiments.suite_file import Suite
+from moe_emergence.presets import get_preset
+from moe_emergence.run_folder import RunFolder
+from moe_emergence.settings import to_dict
+
+GPT2_VOCABULARY = 50_257
+_BASE_SEEDS = 1_000_000
+"""Added to the seed of a base, so that its order of the data is that of no variant."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of a suite, and the base that must be complete before it."""
+
+    variant: str
+    seed: int
+    config: RunConfig
+    needs_base: bool
+
+    @property
+    def name(self) -> str:
+        """For tables and logs."""
+        return f"{self.variant}/seed-{self.seed}"
+
+    @property
+    def run(self) -> RunFolder:
+        """Its folder."""
+        return RunFolder(Path(self.config.output_dir) / self.config.run_name)
+
+
+def plan_runs(
+    suite: Suite, root: Path, overrides: Mapping[str, Any] | None = None
+) -> list[PlannedRun]:
+    """The runs in the order in which they are to be done: seed by seed, its base first.
+
+    Args:
+        suite: the table.
+        root: the suite's folder; runs are in ROOT/VARIANT/seed-S.
+        overrides: dotted fields on top of everything, for example the device.
+
+    Raises:
+        ValueError: for a field that does not exist or a configuration that makes no sense.
+    """
+    configs = variant_configs(suite, overrides or {})
+    runs = []
+    for seed in suite.seeds:
+        if suite.base is not None:
+            start = with_changes(get_preset(suite.preset), suite.changes, suite.name)
+            start = with_changes(start, {"model.moe_layers": ()}, suite.name)
+            base = with_changes(start, {**suite.base, **(overrides or {})}, suite.name)
+            runs.append(PlannedRun(BASE, seed, _placed(base, root, BASE, seed), False))
+        for name, config in configs.items():
+            placed = _placed(config, root, name, seed)
+            if suite.base is not None:
+                model = replace(placed.model, base=str(runs_base(root, seed).final_model))
+                optim = replace(placed.optim, pretrain_steps=0)
+                placed = replace(placed, model=model, optim=optim)
+            runs.append(PlannedRun(name, seed, placed, suite.base is not None))
+    return runs
+
+
+def runs_base(root: Path, seed: int) -> RunFolder:
+    """Folder of the dense base of a seed."""
+    return RunFolder(root / BASE / f"seed-{seed}")
+
+
+def variant_configs(suite: Suite, overrides: Mapping[str, Any]) -> dict[str, RunConfig]:
+    """The configuration of every variant, before seeds and places."""
+    found: dict[str, RunConfig] = {}
+    for variant in suite.variants:
+        where = f"{suite.name}: {variant.name}"
+        if variant.like is not None:
+            config = found[variant.like]
+        else:
+            config = get_preset(variant.preset or suite.preset)
+            config = with_changes(config, {**suite.changes, **overrides}, where)
+        config = with_changes(config, variant.changes, where)
+        if variant.flops_of is not None:
+            vocabulary = vocabulary_of(config)
+            spent = training_flops(found[variant.flops_of], vocabulary)
+            steps = steps_for(spent, config, vocabulary)
+            config = with_changes(config, {"optim.max_steps": steps}, where)
+        found[variant.name] = config
+    return found
+
+
+def vocabulary_of(config: RunConfig) -> int:
+    """Entries of the tokenizer that the configuration names (GPT-2's unless it is trained here)."""
+    return config.data.vocab_size if config.data.tokenizer == "train" else GPT2_VOCABULARY
+
+
+def with_changes(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunConfig:
+    """`config` with dotted fields replaced.
+
+    Raises:
+        ValueError: for a field that does not exist, naming `where` it was asked for.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for dotted, value in changes.items():
+        group, _, name = dotted.rpartition(".")
+        owner = getattr(config, group, None) if group else config
+        if not dataclasses.is_dataclass(owner) or not hasattr(owner, name):
+            raise ValueError(f"{where}: there is no setting {dotted}")
+        groups.setdefault(group, {})[name] = tuple(value) if isinstance(value, list) else value
+    own: dict[str, Any] = groups.pop("", {})
+    for group, values in groups.items():
+        own[group] = replace(getattr(config, group), **values)
+    try:
+        return replace(config, **own)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _placed(config: RunConfig, root: Path, variant: str, seed: int) -> RunConfig:
+    return replace(
+        config,
+        output_dir=str(root / variant),
+        run_name=f"seed-{seed}",
+        resume="auto",
+        seed=seed + _BASE_SEEDS if variant == BASE else seed,
+    )
+
+
+def describe(suite: Suite, command: Sequence[str]) -> dict[str, Any]:
+    """`suite.json`, which the report starts from: changes as they are, every step number known."""
+    configs = variant_configs(suite, {})
+    variants = []
+    for variant in suite.variants:
+        changes = dict(variant.changes)
+        if variant.flops_of is not None:
+            changes["optim.max_steps"] = configs[variant.name].optim.max_steps
+        variants.append(
+            {
+                "name": variant.name,
+                "question": variant.question,
+                "like": variant.like or variant.preset or suite.preset,
+                "changes": changes,
+            }
+        )
+    return {
+        "name": suite.name,
+        "question": suite.question,
+        "preset": suite.preset,
+        "seeds": list(suite.seeds),
+        "changes": dict(suite.changes),
+        "base": None if suite.base is None else dict(suite.base),
+        "variants": variants,
+        "comparisons": [to_dict(pair) for pair in suite.comparisons],
+        "command": " ".join(command),
+    }

@@ -1,0 +1,67 @@
+"""One planned run in a process of its own: `python -m moe_emergence.experiments.worker PLAN.json`.
+
+A process that dies, of memory for instance, takes no other run with it.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from moe_emergence.analysis.routing_record import ROUTING_FILE, record_routing, save_routing
+from moe_emergence.command import run
+from moe_emergence.config import RunConfig
+from moe_emergence.data import prepare_data
+from moe_emergence.errors import INTERRUPTED
+from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.models.loading import load_trained_model
+from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.settings import from_dict
+from moe_emergence.training.experiment import run_experiment
+
+
+def main(argv: list[str]) -> int:
+    """Train what the file says, or go on with it; record the final model's routing; tidy up."""
+    parser = argparse.ArgumentParser(prog="python -m moe_emergence.experiments.worker")
+    parser.add_argument("config", type=Path, help="a RunConfig as JSON")
+    parser.add_argument("--threads", type=int, default=0, help="of this process on a CPU")
+    parser.add_argument("--keep-models", action="store_true", help="do not delete what is big")
+    options = parser.parse_args(argv)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = from_dict(RunConfig, read_json(options.config))
+    result = run_experiment(config)
+    if result.stopped_by_signal or result.status == "interrupted":
+        return INTERRUPTED
+    folder = RunFolder(Path(config.output_dir) / config.run_name)
+    if config.model.moe_layers and not (folder.root / ROUTING_FILE).exists():
+        record_final_routing(config, folder)
+    if not options.keep_models:
+        delete_models(folder, keep_final=not config.model.moe_layers)
+    return 0
+
+
+def record_final_routing(config: RunConfig, folder: RunFolder) -> None:
+    """Write `routing.npz`: where the final model sends the blocks it was evaluated on."""
+    model = load_trained_model(folder.final_model)
+    if not isinstance(model, MoEGPT2LMHeadModel):
+        raise ValueError(f"{folder.final_model}: holds no mixture of experts")
+    if config.device != "cpu" and torch.cuda.is_available():
+        torch.nn.Module.to(model, "cuda")
+    blocks = prepare_data(config.data, config.seed).eval_blocks
+    record = record_routing(model, blocks, max_blocks=config.monitor.eval_blocks)
+    save_routing(record, folder.root / ROUTING_FILE)
+
+
+def delete_models(folder: RunFolder, *, keep_final: bool) -> None:
+    """Free the disk of checkpoints and models of a complete run: a suite has a hundred."""
+    for path in (folder.checkpoints, folder.best_model):
+        shutil.rmtree(path, ignore_errors=True)
+    if not keep_final:
+        shutil.rmtree(folder.final_model, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

@@ -1,0 +1,179 @@
+"""`python -m moe_emergence.suite plan|run|report`: experiments that a referee would believe."""
+
+import os
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from moe_emergence.command import parse, run
+from moe_emergence.errors import INTERRUPTED
+from moe_emergence.experiments.comparisons import MARGIN
+from moe_emergence.experiments.estimate import estimate, estimate_table, refuse_over_budget
+from moe_emergence.experiments.execute import Execution, execute, is_complete
+from moe_emergence.experiments.plan import PlannedRun, describe, plan_runs
+from moe_emergence.experiments.report import build_report
+from moe_emergence.experiments.suite_file import Suite, load_suite
+from moe_emergence.run_folder import write_json
+from moe_emergence.settings import check
+
+PROG = "python -m moe_emergence.suite"
+VERBS = {
+    "plan": "runs, steps, FLOPs, time and cost on this machine",
+    "run": "do what is missing",
+    "report": "report.md, figures and tables from the run folders",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteOptions:
+    """What every verb takes."""
+
+    suite: Annotated[str, tyro.conf.Positional] = "demo"
+    """Name of a suite (demo, ablations, predecessor) or a .toml file of your own."""
+    out: str | None = None
+    """Folder of the suite; runs/suites/NAME without it."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    @property
+    def root(self) -> Path:
+        """The suite's folder."""
+        return Path(self.out or Path("runs") / "suites" / Path(self.suite).stem)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(SuiteOptions):
+    """The runs of a suite, what they cost on this machine (from a short measured run of every
+    architecture), and whether that is within the budget."""
+
+    seeds: tuple[int, ...] = ()
+    """Seeds in place of the suite's."""
+    only: tuple[str, ...] = ()
+    """Only these variants (and the bases they need)."""
+    jobs: int = 1
+    """Runs at a time; on a CPU they share its cores."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto is cuda where there is one."""
+    base: str | None = None
+    """Dense base in place of the suite's: a hub id or a folder."""
+    data: str | None = None
+    """Data in place of the suite's: "embedded", "hub" or a folder."""
+    price_per_hour: float | None = None
+    """Price of an hour of this machine, in any currency."""
+    budget: float | None = None
+    """Refuse a plan that costs more, in the currency of --price-per-hour."""
+
+    def __post_init__(self) -> None:
+        check(1 <= self.jobs <= 64, "--jobs", self.jobs, "give a number from 1 to 64")
+        for flag, value in (("--price-per-hour", self.price_per_hour), ("--budget", self.budget)):
+            check(value is None or value >= 0, flag, value, "give 0 or more")
+        check(
+            self.budget is None or self.price_per_hour is not None,
+            "--budget",
+            self.budget,
+            "give --price-per-hour too",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(PlanOptions):
+    """Execute what is missing, resume what was cut off, skip what is complete. Give the same
+    command again after an interruption or a failure."""
+
+    keep_models: bool = False
+    """Keep checkpoints and models of complete runs (a suite has many)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(SuiteOptions):
+    """Write report.md, figures and tables into the suite's folder, from its run folders alone."""
+
+    margin: float = MARGIN
+    """Nats per token within which two losses count as equivalent."""
+
+
+def main(argv: list[str]) -> int:
+    """Plan, run or report, as `argv[0]` says."""
+    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if verb in ("-h", "--help"):
+        lines = "".join(f"  {name:<8}{text}\n" for name, text in VERBS.items())
+        sys.stdout.write(f"usage: {PROG} VERB [SUITE] [OPTIONS]\n{lines}")
+        return 0
+    if verb == "plan":
+        return plan(parse(PlanOptions, rest, f"{PROG} plan"))
+    if verb == "run":
+        return run_suite(parse(RunOptions, rest, f"{PROG} run"))
+    if verb == "report":
+        options = parse(ReportOptions, rest, f"{PROG} report")
+        Console().print(str(build_report(options.root, options.margin)), soft_wrap=True)
+        return 0
+    raise ValueError(f"{PROG} {verb}: choose from {', '.join(VERBS)}")
+
+
+def plan(options: PlanOptions) -> int:
+    """Print what the suite costs; `ValueError` when that is over the budget."""
+    _, runs = _planned(options)
+    _print_estimate(options, runs)
+    return 0
+
+
+def run_suite(options: RunOptions) -> int:
+    """Execute the plan; 1 when a run failed, `INTERRUPTED` when stopped."""
+    suite, runs = _planned(options)
+    if options.budget is not None:
+        _print_estimate(options, runs)
+    write_json(options.root / "suite.json", describe(suite, _command()))
+    execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
+    states = execute(runs, execution)
+    counts = {name: sum(s.state == name for s in states) for name in {s.state for s in states}}
+    summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    Console().print(f"{summary} of {len(states)} runs in {options.root}", soft_wrap=True)
+    if "failed" in counts:
+        return 1
+    return 0 if set(counts) == {"complete"} else INTERRUPTED
+
+
+def _planned(options: PlanOptions) -> tuple[Suite, list[PlannedRun]]:
+    suite = load_suite(options.suite)
+    if options.seeds:
+        suite = replace(suite, seeds=tuple(dict.fromkeys(options.seeds)))
+    overrides: dict[str, Any] = {"device": options.device}
+    if options.base is not None:
+        check(suite.base is None, "--base", options.base, f"{suite.name} pretrains its own bases")
+        overrides["model.base"] = options.base
+    if options.data is not None:
+        overrides["data.data"] = options.data
+    runs = plan_runs(suite, options.root, overrides)
+    names = [variant.name for variant in suite.variants]
+    for name in options.only:
+        check(name in names, "--only", name, f"choose from {', '.join(names)}")
+    if options.only:
+        runs = [run for run in runs if run.variant in (*options.only, "base")]
+    return suite, runs
+
+
+def _print_estimate(options: PlanOptions, runs: list[PlannedRun]) -> None:
+    missing = [run for run in runs if not is_complete(run)]
+    found = estimate(runs, missing, jobs=options.jobs, threads=_threads(options))
+    Console().print(estimate_table(found, options.price_per_hour))
+    refuse_over_budget(found, options.price_per_hour, options.budget)
+
+
+def _threads(options: PlanOptions) -> int:
+    """Of each process on a CPU, so that the processes share its cores; 0 for torch's own choice."""
+    if options.jobs == 1 or (options.device != "cpu" and torch.cuda.is_available()):
+        return 0
+    return max(1, (os.cpu_count() or 1) // options.jobs)
+
+
+def _command() -> list[str]:
+    return ["python", "-m", "moe_emergence.suite", *sys.argv[1:]]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
