@@ -32,8 +32,6 @@ from moe_emergence.training.trainer import tokens_per_step
 
 logger = logging.getLogger(__name__)
 
-_SECONDS = 3.0
-"""To time the steps of one architecture for, after a first step that is not counted."""
 _EVAL_SHARE = 0.05
 """Of the tokens that are for evaluation; see `data/split.py`."""
 _BYTES_PER_TOKEN = 3.5
@@ -77,7 +75,12 @@ class Estimate:
 
 
 def estimate(
-    runs: Sequence[PlannedRun], missing: Sequence[PlannedRun], *, jobs: int, threads: int
+    runs: Sequence[PlannedRun],
+    missing: Sequence[PlannedRun],
+    *,
+    jobs: int,
+    threads: int,
+    seconds: float = 3.0,
 ) -> Estimate:
     """Time some steps of every architecture among `missing` and add up.
 
@@ -86,6 +89,7 @@ def estimate(
         missing: those that are not complete.
         jobs: runs at a time.
         threads: of each on a CPU, 0 for torch's own choice.
+        seconds: to time the steps of one architecture for.
     """
     by_variant: dict[str, list[PlannedRun]] = {}
     for planned in runs:
@@ -101,7 +105,7 @@ def estimate(
                 left = sum(planned in missing for planned in planned_runs)
                 key = _architecture(config)
                 if left and key not in timed:
-                    timed[key] = time_step(config)
+                    timed[key] = time_step(config, seconds)
                 costs.append(_cost(name, config, len(planned_runs), left, timed.get(key, 0.0)))
                 advance(1)
     finally:
@@ -140,8 +144,11 @@ def _cost(
     )
 
 
-def time_step(config: RunConfig) -> float:
-    """Median seconds of an optimizer step of this configuration, on random weights and tokens."""
+def time_step(config: RunConfig, budget_s: float) -> float:
+    """Median seconds of an optimizer step of this configuration, on random weights and tokens.
+
+    Steps are timed for `budget_s` seconds, at least one of them, after a first that is not counted.
+    """
     accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
@@ -157,7 +164,7 @@ def time_step(config: RunConfig) -> float:
     batch = StepBatch(ids, torch.zeros(shape, dtype=torch.int64, device=accelerator.device))
     seconds: list[float] = []
     began = time.perf_counter()
-    while len(seconds) < 2 or time.perf_counter() - began < _SECONDS:
+    while len(seconds) < 2 or time.perf_counter() - began < budget_s:
         start = time.perf_counter()
         noise = RouterNoise(optim.noise_std, 0, len(seconds)) if config.model.moe_layers else None
         forward_backward(accelerator, model, batch, optim, noise)
@@ -172,7 +179,7 @@ def time_step(config: RunConfig) -> float:
 
 
 def _random_model(config: RunConfig) -> LanguageModel:
-    model, rates = config.model, dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    model = config.model
     dense = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=vocabulary_of(config),
@@ -182,7 +189,9 @@ def _random_model(config: RunConfig) -> LanguageModel:
             n_head=model.n_head,
             bos_token_id=0,
             eos_token_id=0,
-            **(rates | {"resid_pdrop": model.dropout}),
+            resid_pdrop=model.dropout,
+            embd_pdrop=model.dropout,
+            attn_pdrop=model.dropout,
         )
     )
     if not model.moe_layers:

@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -63,6 +63,10 @@ def is_complete(planned: PlannedRun) -> bool:
     run = planned.run
     if run.config.exists():
         saved = from_dict(RunConfig, read_json(run.config))
+        if planned.needs_base:
+            # it is the suite's own; a suite's folder may be moved, and be named from elsewhere
+            model = replace(saved.model, base=planned.config.model.base)
+            saved = replace(saved, model=model)
         try:
             check_same_run(saved, planned.config)
         except ValueError as error:
