@@ -22,11 +22,6 @@ from moe_emergence.run_folder import write_json
 from moe_emergence.settings import check
 
 PROG = "python -m moe_emergence.suite"
-VERBS = {
-    "plan": "runs, steps, FLOPs, time and cost on this machine",
-    "run": "do what is missing",
-    "report": "report.md, figures and tables from the run folders",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,22 +92,34 @@ class ReportOptions(SuiteOptions):
     """Nats per token within which two losses count as equivalent."""
 
 
+VERBS: dict[str, tuple[type[SuiteOptions], str]] = {
+    "plan": (PlanOptions, "runs, steps, FLOPs, time and cost on this machine"),
+    "run": (RunOptions, "do what is missing"),
+    "report": (ReportOptions, "report.md, figures and tables from the run folders"),
+}
+
+
 def main(argv: list[str]) -> int:
     """Plan, run or report, as `argv[0]` says."""
-    verb, rest = (argv[0], argv[1:]) if argv else ("--help", [])
-    if verb in ("-h", "--help"):
-        lines = "".join(f"  {name:<8}{text}\n" for name, text in VERBS.items())
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = "".join(f"  {name:<8}{text}\n" for name, (_, text) in VERBS.items())
         sys.stdout.write(f"usage: {PROG} VERB [SUITE] [OPTIONS]\n{lines}")
         return 0
-    if verb == "plan":
-        return plan(parse(PlanOptions, rest, f"{PROG} plan"))
-    if verb == "run":
-        return run_suite(parse(RunOptions, rest, f"{PROG} run"))
-    if verb == "report":
-        options = parse(ReportOptions, rest, f"{PROG} report")
-        Console().print(str(build_report(options.root, options.margin)), soft_wrap=True)
-        return 0
-    raise ValueError(f"{PROG} {verb}: choose from {', '.join(VERBS)}")
+    options = options_of(argv)
+    if isinstance(options, RunOptions):
+        return run_suite(options)
+    if isinstance(options, PlanOptions):
+        return plan(options)
+    assert isinstance(options, ReportOptions)
+    Console().print(str(build_report(options.root, options.margin)), soft_wrap=True)
+    return 0
+
+
+def options_of(argv: list[str]) -> SuiteOptions:
+    """The options of the verb `argv[0]`; `ValueError` for a verb or flags that cannot be used."""
+    if argv[0] not in VERBS:
+        raise ValueError(f"{PROG} {argv[0]}: choose from {', '.join(VERBS)}")
+    return parse(VERBS[argv[0]][0], argv[1:], f"{PROG} {argv[0]}")
 
 
 def plan(options: PlanOptions) -> int:

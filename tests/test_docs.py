@@ -12,15 +12,17 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
+from moe_emergence import suite
 from moe_emergence.command import parse
 from moe_emergence.config import RunConfig
+from moe_emergence.experiments.suite_file import built_in
 from moe_emergence.presets import get_preset
 from moe_emergence.train import preset_name
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
-DOCUMENTS += [REPOSITORY / "CONTRIBUTING.md"]
+DOCUMENTS += [REPOSITORY / "docs" / "experiments" / "README.md", REPOSITORY / "CONTRIBUTING.md"]
 
 # what a test cannot run: installers and this test suite itself, servers, hooks
 NOT_RUN = ("pip install", "pytest", "tensorboard ", "pre-commit ", "bash ", "git ")
@@ -110,6 +112,11 @@ def test_commands_work_one_after_another(
         if several:
             flags = after_module(words)
             parse(RunConfig, flags, "train", default=get_preset(preset_name(flags)))
+            continue
+        if "moe_emergence.suite" in words:
+            # what it takes an hour to do is done at toy size by test_suite_execute.py
+            options = suite.options_of(words[words.index("moe_emergence.suite") + 1 :])
+            assert options.suite in built_in()
             continue
         if "moe_emergence.train" in words:
             place = words.index("moe_emergence.train") + 1
