@@ -52,7 +52,7 @@ def layer_cases(device: str, dtypes: Sequence[str]) -> list[Case]:
     return [*balanced, *gated[: len(shapes)], *others, *gated[len(shapes) :]]
 
 
-LARGE_ON_CPU = ("predecessor", "dense", "fused-micro")
+LARGE_ON_CPU = ("predecessor", "dense", "fused", "fused-micro")
 """Models of GPT-2 small in training: what minutes and 20 GB of memory suffice for."""
 
 
