@@ -1,5 +1,6 @@
 """The figures of a report, from the tables that stand beside them as CSV."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def plot_comparisons(table: pd.DataFrame, margin: float) -> Figure:
         axis.set_title(domain, fontsize=10)
         axis.margins(x=0.08)
         axis.tick_params(axis="x", labelsize=8)
+        axis.locator_params(axis="x", nbins=4)
     labels = [f"{variant} − {control}" for variant, control in pairs]
     axes[0].set_yticks(range(len(pairs)), labels, fontsize=9)
     axes[0].invert_yaxis()
@@ -80,6 +82,7 @@ def plot_losses(
             index=["seed", "step"], columns="variant", values="lm_loss"
         )
         above, below = axes[:, column]
+        earlier = Counter[str]()  # a variant keeps its colour against every control
         for place, variant in enumerate(variants):
             if variant in table:
                 mean = table[variant].dropna().groupby("step").mean()
@@ -88,8 +91,10 @@ def plot_losses(
             variant, control = comparison.variant, comparison.control
             if comparison.matched == "steps" and variant in table and control in table:
                 gap = (table[variant] - table[control]).dropna().groupby("step").mean()
-                place = variants.index(variant)
-                below.plot(gap.index, gap, label=f"{variant} − {control}", **style(place))
+                line = style(variants.index(variant))
+                line["linestyle"] = LINES[earlier[variant] % len(LINES)]
+                earlier[variant] += 1
+                below.plot(gap.index, gap, label=f"{variant} − {control}", **line)
         below.axhline(0, color=GREY, linewidth=0.8)
         above.set_title(domain, fontsize=10)
         for axis in (above, below):
@@ -132,11 +137,12 @@ def plot_specialisation(table: pd.DataFrame) -> Figure:
                 color=COLOURS[1], linewidth=1.5, linestyle=":",
             )  # fmt: skip
         axis.set_xticks(range(len(variants)), variants, rotation=45, ha="right", fontsize=8)
-        axis.set_ylim(bottom=0)
         if row == 0:
             axis.set_title(f"layer {layer}", fontsize=10)
         if column == 0:
             axis.set_ylabel(f"I(expert; {label}) (bits)")
+    for axis in axes[:, 0]:  # only now: a limit set earlier stops shared axes from growing
+        axis.set_ylim(bottom=0)
     figure.suptitle(
         "Dots: seeds; line: mean; dotted: permuted labels; grey: null models", fontsize=10
     )
