@@ -115,14 +115,18 @@ def plot_specialisation(table: pd.DataFrame) -> Figure:
     labels = [label for label in (DOMAIN_LABEL, TYPE_LABEL) if (table["label"] == label).any()]
     layers = sorted(table["layer"].unique())
     is_null = table.drop_duplicates("variant").set_index("variant")["router"].isin(NULL_ROUTERS)
-    variants = [*is_null.index[is_null], *is_null.index[~is_null]]
+    order = [*is_null.index[is_null], *is_null.index[~is_null]]
+    present = [set(table.loc[table["layer"] == layer, "variant"]) for layer in layers]
+    columns = [[variant for variant in order if variant in here] for here in present]
+    widths = [max(2, len(variants)) for variants in columns]
     figure = Figure(
-        figsize=(max(5.0, 2.2 + 0.55 * len(variants) * len(layers)), 3.1 * len(labels) + 0.9),
-        layout="constrained",
+        figsize=(max(5.0, 2.0 + 0.42 * sum(widths)), 3.1 * len(labels) + 0.9), layout="constrained"
     )
-    axes = figure.subplots(len(labels), len(layers), squeeze=False, sharex=True, sharey="row")
+    axes = figure.subplots(
+        len(labels), len(layers), squeeze=False, sharex="col", sharey="row", width_ratios=widths
+    )
     for (row, column), axis in np.ndenumerate(axes):
-        label, layer = labels[row], layers[column]
+        label, layer, variants = labels[row], layers[column], columns[column]
         for place, variant in enumerate(variants):
             here = (table["variant"] == variant) & (table["label"] == label)
             runs = table[here & (table["layer"] == layer)]
