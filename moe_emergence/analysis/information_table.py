@@ -1,0 +1,128 @@
+"""What an expert tells of a token: bits per layer and label beside their nulls."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from moe_emergence.analysis import information as info
+from moe_emergence.analysis.counts import LayerCounts
+from moe_emergence.analysis.routing_tables import token_id_table
+from moe_emergence.analysis.token_types import TOKEN_TYPES
+from moe_emergence.config import DOMAINS
+
+
+@dataclass(frozen=True)
+class Resampling:
+    """How often to permute and to resample, and from which seed."""
+
+    permutations: int = 199
+    bootstrap: int = 200
+    seed: int = 0
+
+
+def information_table(layers: Sequence[LayerCounts], resampling: Resampling) -> pd.DataFrame:
+    """A row per layer and label: "domain", "token type" (mean of the domains), "token type: D",
+    "token id".
+
+    `bits` is the plug-in mutual information and `bits_corrected` that less its first-order bias;
+    `bits_low` and `bits_high` a 95% bootstrap interval over groups of blocks; `share_of_label`
+    bits over the label's entropy; `permuted_mean`, `permuted_95`, `p_permutation` of the
+    permutation test: domains of whole groups, or types among the tokens of a domain.
+    `uniform_bits` is 0, what uniform routing tells; `null_router_bits` the mean of random routers
+    that read the same hidden states. Domains count all slots, the other labels first experts.
+    """
+    rows: list[dict[str, Any]] = []
+    for counts in layers:
+        rows.append({"layer": counts.layer, "label": "domain"} | _domain_row(counts, resampling))
+        rows += [{"layer": counts.layer} | row for row in _type_rows(counts, resampling)]
+        table = token_id_table(counts)
+        rows.append({"layer": counts.layer, "label": "token id"} | _row(table, None, None))
+    return pd.DataFrame(rows).assign(uniform_bits=0.0)
+
+
+def _domain_row(counts: LayerCounts, resampling: Resampling) -> dict[str, Any]:
+    filled = [part[part.any(axis=1)] for part in counts.grouped]
+    present = [part for part in filled if len(part)]
+    labels = np.repeat(np.arange(len(filled)), [len(part) for part in filled])
+    stacked = np.concatenate(filled)
+    test = info.domain_null(stacked, labels, len(DOMAINS), resampling.permutations, resampling.seed)
+    interval = info.bootstrap_interval(
+        present, info.mutual_information, resamples=resampling.bootstrap, seed=resampling.seed
+    )
+    null_bits = float(info.mutual_information(counts.null_grouped).mean())
+    row = _row(info.domain_table(stacked, labels, len(DOMAINS)), test, interval)
+    return row | {"null_router_bits": null_bits}
+
+
+def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, Any]]:
+    rows, tests, weights, groups = [], [], [], []
+    for place, domain in enumerate(DOMAINS):
+        grouped = counts.types_grouped[place][:, : len(TOKEN_TYPES[domain])].astype(np.int64)
+        grouped = grouped[grouped.any(axis=(1, 2))]
+        if not len(grouped):
+            continue
+        table = grouped.sum(axis=0)
+        test = type_null(table, resampling.permutations, resampling.seed + place)
+        interval = info.bootstrap_interval(
+            [grouped], lambda tables: info.mutual_information(tables)[..., 0],
+            resamples=resampling.bootstrap, seed=resampling.seed,
+        )  # fmt: skip
+        rows.append({"label": f"token type: {domain}"} | _row(table, test, interval))
+        tests.append(test)
+        weights.append(float(table.sum()))
+        groups.append(counts.types_grouped[place][counts.types_grouped[place].any(axis=(1, 2))])
+    if not tests:
+        return []
+    share = np.asarray(weights) / sum(weights)
+    pooled = info.conditional(tests, weights)
+    interval = info.bootstrap_interval(
+        groups, lambda tables: info.mutual_information(tables) @ share,
+        resamples=resampling.bootstrap, seed=resampling.seed,
+    )  # fmt: skip
+    mean = {
+        "bits": pooled.observed,
+        "bits_corrected": float(share @ [row["bits_corrected"] for row in rows]),
+        "bits_low": interval[0],
+        "bits_high": interval[1],
+        "share_of_label": float(share @ [row["share_of_label"] for row in rows]),
+        **_null_columns(pooled),
+    }
+    return [{"label": "token type"} | mean, *rows]
+
+
+def type_null(table: info.Ints, permutations: int, seed: int) -> info.NullTest:
+    """I(type; first expert) of the table (Y, E) against types permuted among the tokens.
+
+    Permuted tokens keep both margins, so the tables are drawn directly
+    (`scipy.stats.random_table`; Patefield 1981).
+    """
+    used = table[table.any(axis=1)][:, table.any(axis=0)]
+    drawn = stats.random_table(used.sum(axis=1), used.sum(axis=0), seed=seed)
+    null = info.mutual_information(drawn.rvs(size=permutations))
+    return info.NullTest(float(info.mutual_information(table)), np.atleast_1d(null))
+
+
+def _row(
+    table: info.Ints, test: info.NullTest | None, interval: tuple[float, float] | None
+) -> dict[str, Any]:
+    low, high = interval or (np.nan, np.nan)
+    return {
+        "bits": float(info.mutual_information(table)),
+        "bits_corrected": float(info.miller_madow(table)),
+        "bits_low": low,
+        "bits_high": high,
+        "share_of_label": float(info.normalised_information(table, by="row")),
+        **(_null_columns(test) if test else {}),
+    }
+
+
+def _null_columns(test: info.NullTest) -> dict[str, float]:
+    return {
+        "permuted_mean": float(test.null.mean()),
+        "permuted_95": float(np.quantile(test.null, 0.95)),
+        "p_permutation": test.p_value,
+    }

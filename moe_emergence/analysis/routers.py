@@ -1,0 +1,154 @@
+"""Read the routing of any mixture language model through hooks on its routers.
+
+Letters: T tokens (B*L), H model width, E experts, K experts per token.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_emergence.moe import RouterDecision
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRouting:
+    """What one layer's router decided for T tokens."""
+
+    layer: int
+    """Index in the model."""
+    probs_TE: Tensor
+    """(T, E) fp32: softmax of the logits, or normalised sigmoids, see `is_sigmoid`."""
+    experts_TK: Tensor
+    """(T, K) int64, most probable first."""
+    hidden_TH: Tensor
+    """(T, H) what the router read."""
+
+
+@dataclass(frozen=True)
+class RouterInfo:
+    """A router of a model."""
+
+    layer: int
+    name: str
+    """Its module's name in the model."""
+    module: nn.Module = field(compare=False)
+
+
+def find_routers(model: nn.Module) -> list[RouterInfo]:
+    """The routers of a model, by layer.
+
+    A router is a module whose class is named so (`TopKRouter`, `MixtralTopKRouter`,
+    `OlmoeTopKRouter`, `Qwen3MoeTopKRouter`, `GptOssTopKRouter`, ...): transformers' mixtures share
+    the convention, and that it returns logits (T, E), weights (T, K) and experts (T, K).
+
+    Raises:
+        ValueError: when the model has none.
+    """
+    found = []
+    for name, module in model.named_modules():
+        if type(module).__name__.lower().endswith("router"):
+            numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
+            if not numbers:
+                raise ValueError(f"router {name}: it is in no numbered layer")
+            found.append(RouterInfo(int(numbers[0]), name, module))
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no routers that can be read: give a mixture of experts "
+            "(Mixtral, OLMoE, Qwen3-MoE, gpt-oss, or a model of this library)"
+        )
+    return sorted(found, key=lambda router: router.layer)
+
+
+def is_sigmoid(router: nn.Module, config: Any) -> bool:
+    """Whether a router scores every expert by itself (DeepSeek-V3, arXiv 2412.19437, section 2.1).
+
+    Its probabilities then are those scores, divided by their sum.
+    """
+    function = getattr(config, "scoring_func", None)
+    if function is None:
+        return hasattr(router, "e_score_correction_bias")
+    return bool(function == "sigmoid")
+
+
+class RouterReader:
+    """Collects what the routers of a model decide while it runs.
+
+    Raises:
+        ValueError: when the model has no routers, or one returns something else than it should.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.routers = find_routers(model)
+        self.layers = [router.layer for router in self.routers]
+        self._seen: dict[int, LayerRouting] = {}
+
+    @contextmanager
+    def reading(self) -> Iterator["RouterReader"]:
+        """Hooks are in place within the block; the model is in evaluation mode there."""
+        was_training = self.model.training
+        self.model.eval()
+        handles = [
+            router.module.register_forward_hook(partial(self._hook, router))
+            for router in self.routers
+        ]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen.clear()
+            self.model.train(was_training)
+
+    @torch.no_grad()
+    def read(self, token_ids: Tensor) -> list[LayerRouting]:
+        """Run (B, L) token ids without padding; the decision of every layer, T = B*L in order."""
+        self._seen.clear()
+        device = next(self.model.parameters()).device
+        self.model(input_ids=token_ids.long().to(device), use_cache=False)
+        missing = sorted(set(self.layers) - set(self._seen))
+        if missing:
+            raise ValueError(f"the routers of layers {missing} did not run: nothing to read")
+        return [self._seen[layer] for layer in self.layers]
+
+    def _hook(self, router: RouterInfo, module: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, RouterDecision):
+            probs, experts = output.router_probs, output.topk_experts
+        else:
+            logits, experts = _logits_and_experts(router.name, output)
+            config = getattr(self.model, "config", None)
+            if is_sigmoid(module, config):
+                scores = logits.float().sigmoid()
+                probs = scores / scores.sum(dim=-1, keepdim=True)
+            else:
+                probs = logits.float().softmax(dim=-1)
+        chosen = probs.gather(1, experts)
+        order = chosen.argsort(dim=1, descending=True, stable=True)
+        hidden = inputs[0].detach()
+        self._seen[router.layer] = LayerRouting(
+            router.layer,
+            probs.detach().float(),
+            experts.gather(1, order),
+            hidden.reshape(-1, hidden.shape[-1]),
+        )
+
+
+def _logits_and_experts(name: str, output: Any) -> tuple[Tensor, Tensor]:
+    tensors = [part for part in output if isinstance(part, Tensor)] if _is_tuple(output) else []
+    whole = [part for part in tensors if not part.is_floating_point()]
+    if not tensors or not whole or tensors[0].ndim != 2 or whole[-1].ndim != 2:
+        raise ValueError(
+            f"router {name}: it returns {type(output).__name__}, not logits (T, E) and experts "
+            "(T, K); models of transformers 5.17 and later can be read"
+        )
+    return tensors[0].detach(), whole[-1].detach().long()
+
+
+def _is_tuple(output: object) -> bool:
+    return isinstance(output, (tuple, list))

@@ -1,0 +1,61 @@
+"""A model's routing over blocks of text, counted batch by batch: memory does not grow with them."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe_emergence.analysis.counts import GROUPS, Batch, RoutingCounts
+from moe_emergence.analysis.routers import RouterReader
+from moe_emergence.analysis.token_types import token_types
+from moe_emergence.config import DOMAINS
+from moe_emergence.progress import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def count_routing(
+    reader: RouterReader,
+    blocks: Mapping[str, Tensor],
+    tokenizer: "PreTrainedTokenizerBase | None",
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> RoutingCounts:
+    """Route all blocks through the model and count, for every layer.
+
+    Args:
+        reader: of the model.
+        blocks: token ids (R, L) for domains in `DOMAINS`.
+        tokenizer: tells token types; None where it is not byte-level: no types are counted.
+        batch_size: blocks in one forward pass.
+        seed: of the null routers.
+    """
+    counts = RoutingCounts()
+    total = sum(len(part) for part in blocks.values())
+    with reader.reading(), progress_bar("routing of the text", total) as advance:
+        for domain, name in enumerate(DOMAINS):
+            part = blocks.get(name, torch.zeros(0, 1))
+            groups = np.arange(len(part)) * min(GROUPS, len(part)) // max(1, len(part))
+            for start in range(0, len(part), batch_size):
+                ids = part[start : start + batch_size]
+                batch = make_batch(ids, domain, groups[start : start + batch_size], tokenizer)
+                counts.add(batch, reader.read(ids), seed)
+                advance(len(ids))
+    return counts
+
+
+def make_batch(
+    ids_BL: Tensor,
+    domain: int,
+    groups: "np.ndarray[tuple[int], np.dtype[np.int64]]",
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> Batch:
+    """The blocks with the types of their tokens."""
+    ids = ids_BL.cpu().numpy().astype(np.int32)
+    domains = np.full(len(ids), domain, np.int8)
+    types = None if tokenizer is None else token_types(ids, domains, tokenizer)
+    return Batch(ids.astype(np.int64), domain, groups, types)
