@@ -9,6 +9,7 @@ VERBS = {
     "train": "upcycle, train, evaluate and resume",
     "verify": "certify that a path computes what the sequential one defines",
     "suite": "plan, run and report an experiment of many runs",
+    "analyze": "see how a mixture routes, in tables, figures and one page",
     "generate": "continue a prompt, and see which expert reads which token",
 }
 

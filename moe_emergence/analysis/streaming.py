@@ -59,3 +59,12 @@ def make_batch(
     domains = np.full(len(ids), domain, np.int8)
     types = None if tokenizer is None else token_types(ids, domains, tokenizer)
     return Batch(ids.astype(np.int64), domain, groups, types)
+
+
+def is_byte_level(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether token types can be told: the vocabulary is written in GPT-2's byte alphabet."""
+    try:
+        token_types(np.zeros((1, 1), np.int32) + 10, np.zeros(1, np.int8), tokenizer)
+    except (ValueError, IndexError, TypeError):
+        return False
+    return True

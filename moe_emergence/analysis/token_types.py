@@ -88,13 +88,13 @@ def token_types(
         ValueError: for a tokenizer that is not byte-level.
     """
     types = np.empty(token_ids_RL.shape, dtype=np.int8)
-    lengths = _byte_lengths(tokenizer)
+    lengths = token_byte_lengths(tokenizer)
     for block, (ids, domain) in enumerate(zip(token_ids_RL, domains_R, strict=True)):
         types[block] = _block_types(ids, DOMAINS[domain], tokenizer, lengths)
     return types
 
 
-def _byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> npt.NDArray[np.int64]:
+def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> npt.NDArray[np.int64]:
     """Bytes of every vocabulary entry: byte-level BPE writes one character for each byte."""
     vocabulary = tokenizer.get_vocab()
     lengths = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
@@ -115,13 +115,13 @@ def _block_types(
     # a document at a time: what follows an end of text is another text
     for start, stop in zip([0, *(ends + 1)], [*ends, len(ids)], strict=True):
         if start < stop:
-            text, spans = _text_and_spans(ids[start:stop], tokenizer, lengths)
+            text, spans = text_and_spans(ids[start:stop], tokenizer, lengths)
             chars = character_types(text, domain)
             types[start:stop] = [names.index(_majority(chars[a:b], text[a:b])) for a, b in spans]
     return types
 
 
-def _text_and_spans(
+def text_and_spans(
     ids: npt.NDArray[np.int32],
     tokenizer: "PreTrainedTokenizerBase",
     lengths: npt.NDArray[np.int64],

@@ -1,0 +1,139 @@
+"""What `analyze` is given, as a model with its tokenizer: a run, a folder, a model on the hub."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moe_emergence.models  # noqa: F401 - makes its model type known to transformers
+from moe_emergence.config import DataConfig, RunConfig
+from moe_emergence.data import PreparedData, prepare_data
+from moe_emergence.hub_access import check_model_reachable, reason
+from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.settings import from_dict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MODEL_FILE = "config.json"
+LONGEST_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to analyse, and the run it comes from where there is one."""
+
+    name: str
+    place: str
+    """Folder or hub id of the model."""
+    kind: Literal["run", "model"]
+    model: Any = field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
+    run: RunFolder | None = None
+    config: RunConfig | None = field(default=None, repr=False)
+    step: int | None = None
+
+
+def open_source(place: str, name: str, device: str) -> Source:
+    """Load what `place` names, in fp32 on `device`.
+
+    A run folder gives its `final-model`, else its `best-model`, else its newest checkpoint.
+
+    Raises:
+        ValueError: naming SOURCE, when nothing can be loaded from it.
+    """
+    root = Path(place)
+    run = RunFolder(root)
+    if run.config.is_file() and (run.metrics.is_file() or run.checkpoints.is_dir()):
+        folder, step = _model_of(run)
+        config = _run_config(run)
+        model, tokenizer = load_model(str(folder), device)
+        return Source(name, str(folder), "run", model, tokenizer, run, config, step)
+    if root.exists() and not (root / MODEL_FILE).is_file():
+        raise ValueError(
+            f"SOURCE {place}: neither a run folder nor a model folder (no {MODEL_FILE} in it)"
+        )
+    model, tokenizer = load_model(place, device)
+    return Source(name, place, "model", model, tokenizer)
+
+
+def load_model(place: str, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
+    """Model and tokenizer of a folder or a hub id; `ValueError` naming SOURCE otherwise."""
+    try:
+        if not Path(place).is_dir():
+            check_model_reachable(place)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"SOURCE {place}: no model with a tokenizer could be loaded ({reason(error)}); give a "
+            "run folder, a model folder, or the id of a model on the hub"
+        ) from error
+    return model.to(device).eval(), tokenizer
+
+
+def text_blocks(
+    source: Source, data: str | None, block_size: int | None, cache_dir: str
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Blocks (R, L) of each domain to analyse on, and what they are.
+
+    Without `data` a run is analysed on the evaluation blocks it was evaluated on, a model on the
+    embedded text; with it on evaluation blocks of that source, as `--data` of `train` takes it. A
+    model that comes without a run reads the text through its own tokenizer.
+
+    Raises:
+        ValueError: naming the flag, when the text cannot be read or is too small.
+    """
+    own = source.config
+    if own is not None and data is None and block_size is None:
+        prepared = prepare_data(replace(own.data, cache_dir=cache_dir), own.seed)
+        _check_same(source, prepared)
+        return prepared.eval_blocks, f"evaluation blocks of the run ({own.data.data})"
+    config = DataConfig(
+        data=data or "embedded",
+        size_mb=own.data.size_mb if own else 2.0,
+        block_size=block_size or (own.data.block_size if own else _length(source.model)),
+        tokenizer=source.place,
+        cache_dir=cache_dir,
+    )
+    prepared = prepare_data(config, seed=0)
+    return prepared.eval_blocks, f"evaluation blocks of {config.data}"
+
+
+def _check_same(source: Source, prepared: PreparedData) -> None:
+    assert source.run is not None
+    then = read_json(source.run.data_manifest)["tokenizer"]["sha256"]
+    now = prepared.manifest["tokenizer"]["sha256"]
+    if then != now:
+        raise ValueError(
+            f"SOURCE {source.run.root}: its data cannot be made again (the tokenizer differs); "
+            "name a text with --data"
+        )
+
+
+def _length(model: Any) -> int:
+    config = model.config
+    seen = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+    return min(LONGEST_BLOCK, int(seen or LONGEST_BLOCK))
+
+
+def _run_config(run: RunFolder) -> RunConfig:
+    try:
+        return from_dict(RunConfig, read_json(run.config))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"SOURCE {run.root}: its config.json cannot be read ({error})") from error
+
+
+def _model_of(run: RunFolder) -> tuple[Path, int | None]:
+    steps = run.checkpoint_steps()
+    for folder in (run.final_model, run.best_model):
+        if (folder / MODEL_FILE).is_file():
+            last = read_json(run.summary).get("final_step") if run.summary.is_file() else None
+            return folder, last if folder == run.final_model else None
+    if steps:
+        return run.checkpoint(steps[-1]), steps[-1]
+    raise ValueError(
+        f"SOURCE {run.root}: the run has no model any more (suites keep none without --keep-models)"
+    )

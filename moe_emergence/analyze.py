@@ -1,0 +1,271 @@
+"""`python -m moe_emergence.analyze`: see how a mixture routes, in tables, figures and one page."""
+
+import logging
+import platform
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import transformers
+import tyro
+from torch import Tensor
+
+from moe_emergence.analysis.checkpoints import over_checkpoints
+from moe_emergence.analysis.explorer import explore
+from moe_emergence.analysis.information_table import Resampling, information_table
+from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
+from moe_emergence.analysis.routers import RouterReader
+from moe_emergence.analysis.routing_tables import (
+    coactivation,
+    expert_domain,
+    expert_load,
+    expert_token_type,
+    routing_summary,
+)
+from moe_emergence.analysis.similarity import compare_experts, sample_ids
+from moe_emergence.analysis.sources import Source, load_model, open_source, text_blocks
+from moe_emergence.analysis.streaming import count_routing, is_byte_level
+from moe_emergence.analysis.tidy import write_tables
+from moe_emergence.analysis.training_curves import training_tables
+from moe_emergence.analysis.vocabulary import vocabulary_tables
+from moe_emergence.command import parse, run
+from moe_emergence.config import DOMAINS
+from moe_emergence.run_folder import write_json
+from moe_emergence.settings import check
+
+PROG = "python -m moe_emergence.analyze"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """Routing of runs or models as tables, figures and report.html."""
+
+    sources: tyro.conf.Positional[tuple[str, ...]]
+    """Run folders, model folders or ids of models on the hub; several are compared."""
+    data: str | None = None
+    """Text: "embedded", "hub" or a folder; without it a run's own evaluation blocks, else the
+    embedded text."""
+    out: str | None = None
+    """Folder for the analysis; without it SOURCE/analysis, or runs/analysis for several."""
+    device: str = "auto"
+    """Where to run: auto (cuda where there is one), cpu or cuda."""
+    max_tokens: int = 200_000
+    """Tokens to route at most, shared by the domains; 0 for all."""
+    block_size: int | None = None
+    """Tokens per block; without it the run's, else what the model sees, at most 512."""
+    batch_size: int = 8
+    """Blocks in one forward pass."""
+    permutations: int = 199
+    """Permutations of each test."""
+    knockout_tokens: int = 6_000
+    """Tokens on which every expert is knocked out, one after the other; 0 leaves it out."""
+    cache_dir: str = ".cache"
+    """Folder for everything that is downloaded or trained once and reused."""
+    seed: int = 0
+    """Seed of permutations, bootstrap and null routers."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.sources), "SOURCE", "of nothing", "name a run or model folder")
+        check(self.max_tokens >= 0, "--max-tokens", self.max_tokens, "give 0 (all) or more")
+        check(
+            self.block_size is None or self.block_size >= 2,
+            "--block-size",
+            self.block_size,
+            "give at least 2 tokens",
+        )
+        check(self.batch_size >= 1, "--batch-size", self.batch_size, "give at least 1")
+        check(self.permutations >= 19, "--permutations", self.permutations, "give at least 19")
+        check(
+            self.knockout_tokens >= 0,
+            "--knockout-tokens",
+            self.knockout_tokens,
+            "give 0 (none) or more",
+        )
+        check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
+        check(
+            self.device in ("auto", "cpu")
+            or (self.device.startswith("cuda") and torch.cuda.is_available()),
+            "--device",
+            self.device,
+            "give auto, cpu, or cuda where there is one",
+        )
+
+
+Tables = dict[str, pd.DataFrame]
+
+
+def main(argv: list[str]) -> int:
+    """Analyse as the flags say; print where the report is."""
+    config = parse(AnalyzeConfig, argv, PROG)
+    folder = output_folder(config)
+    analyze(config, folder, f"{PROG} {' '.join(argv)}")
+    logger.info("everything is in %s", folder)
+    return 0
+
+
+def output_folder(config: AnalyzeConfig) -> Path:
+    """`--out`, else `analysis` in the one folder given, else a folder in runs/analysis."""
+    if config.out:
+        return Path(config.out)
+    if len(config.sources) == 1 and Path(config.sources[0]).is_dir():
+        return Path(config.sources[0]) / "analysis"
+    return Path("runs/analysis") / "-".join(source_names(config.sources))[:80]
+
+
+def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
+    """Write tables, figures, `explorer.json`, `analysis.json` and the report into `folder`."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tables: dict[str, list[pd.DataFrame]] = {}
+    about: list[dict[str, Any]] = []
+    texts: list[dict[str, Any]] = []
+    data = ""
+    for place, name in zip(config.sources, source_names(config.sources), strict=True):
+        source = open_source(place, name, device)
+        blocks, data = text_blocks(source, config.data, config.block_size, config.cache_dir)
+        blocks = take(blocks, config.max_tokens)
+        reader = RouterReader(source.model)
+        found = routing_tables(source, reader, blocks, config)
+        found |= model_tables(source, reader, blocks, config, device)
+        about.append(describe(source, reader, blocks, config.batch_size, found))
+        texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
+        for key, table in found.items():
+            tables.setdefault(key, []).append(table.assign(run=name))
+    joined = {key: pd.concat(parts, ignore_index=True) for key, parts in tables.items()}
+    write_tables(folder, {key: run_first(table) for key, table in joined.items()})
+    write_json(folder / "explorer.json", {"runs": texts})
+    write_json(
+        folder / "analysis.json",
+        {
+            "command": command,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "runs": about,
+            "domains": list(DOMAINS),
+            "tokens": max(run["tokens"] for run in about),
+            "data": data,
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
+        },
+    )
+
+
+def routing_tables(
+    source: Source, reader: RouterReader, blocks: dict[str, Tensor], config: AnalyzeConfig
+) -> Tables:
+    """Where the tokens go, and what that tells of them."""
+    readable = is_byte_level(source.tokenizer)
+    if not readable:
+        logger.warning("%s: no token types, its tokenizer is not a byte-level one", source.name)
+    counted = count_routing(
+        reader,
+        blocks,
+        source.tokenizer if readable else None,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+    vocabulary, specialisation = vocabulary_tables(
+        counted.layers, lambda token: str(source.tokenizer.decode([token]))
+    )
+    resampling = Resampling(permutations=config.permutations, seed=config.seed)
+    return {
+        "expert_domain": expert_domain(counted.layers),
+        "expert_token_type": expert_token_type(counted.layers),
+        "information": information_table(counted.layers, resampling),
+        "routing": routing_summary(counted.layers),
+        "expert_load": expert_load(counted.layers),
+        "coactivation": coactivation(counted),
+        "vocabulary": vocabulary,
+        "vocabulary_specialisation": specialisation,
+    }
+
+
+def model_tables(
+    source: Source,
+    reader: RouterReader,
+    blocks: dict[str, Tensor],
+    config: AnalyzeConfig,
+    device: str,
+) -> Tables:
+    """What the experts are, what they are for, and how they came about."""
+    few = take(blocks, config.knockout_tokens or 6_000)
+    base = None
+    if source.run is not None and (source.run.root / "dense-base/final-model").is_dir():
+        base, _ = load_model(str(source.run.root / "dense-base/final-model"), device)
+    alike = compare_experts(reader, sample_ids([few[d] for d in few], 2), base)
+    tables = {"similarity": alike.similarity, "movement": alike.movement}
+    if config.knockout_tokens:
+        num_experts = len(alike.movement["expert"].unique()) if len(alike.movement) else 0
+        tables["knockout"] = knockout_table(
+            source.model, few, num_experts, batch_size=config.batch_size
+        )
+    if source.run is not None:
+        over = over_checkpoints(source.run, few, device=device, batch_size=config.batch_size)
+        tables |= {"saturation": over.saturation, "trajectory": over.trajectory}
+        tables |= training_tables(source.run)
+    return tables
+
+
+def describe(
+    source: Source,
+    reader: RouterReader,
+    blocks: dict[str, Tensor],
+    batch_size: int,
+    tables: Tables,
+) -> dict[str, Any]:
+    """The run's entry in `analysis.json`."""
+    load = tables["expert_load"]
+    losses = domain_losses(source.model, blocks, batch_size)
+    return {
+        "name": source.name,
+        "source": source.place,
+        "kind": source.kind,
+        "model_type": source.model.config.model_type,
+        "layers": reader.layers,
+        "num_experts": int(load["expert"].max()) + 1,
+        "top_k": int(load["slot"].max()) + 1,
+        "step": source.step,
+        "router": getattr(source.model.config, "router", None),
+        "tokens": sum(part.numel() for part in blocks.values()),
+        "lm_loss": losses[ALL][0],
+        "lm_loss_by_domain": {d: losses[d][0] for d in losses if d != ALL},
+    }
+
+
+def source_names(sources: tuple[str, ...]) -> list[str]:
+    """Short names that differ: the last part of each place, with what is before it where needed."""
+    parts = [[part for part in Path(place).parts if part not in (".", "/")] for place in sources]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(place[-depth:]) for place in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{place} ({number})" for number, place in enumerate(sources, start=1)]
+
+
+def take(blocks: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """The first blocks of each domain, at most `tokens` tokens together, at least a block each."""
+    if not tokens:
+        return blocks
+    length = max(part.shape[1] for part in blocks.values())
+    each = max(1, tokens // (length * len(blocks)))
+    return {domain: part[:each] for domain, part in blocks.items()}
+
+
+def run_first(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with its column `run` in front."""
+    return table[["run", *(column for column in table.columns if column != "run")]]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
