@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_emergence.analysis.checkpoints import over_checkpoints
 from moe_emergence.analysis.explorer import explore
+from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
 from moe_emergence.analysis.routers import RouterReader
@@ -107,6 +108,7 @@ def main(argv: list[str]) -> int:
     config = parse(AnalyzeConfig, argv, PROG)
     folder = output_folder(config)
     analyze(config, folder, f"{PROG} {' '.join(argv)}")
+    write_figures(folder)
     logger.info("everything is in %s", folder)
     return 0
 
