@@ -19,6 +19,7 @@ from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
+from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import (
     coactivation,
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> int:
     folder = output_folder(config)
     analyze(config, folder, f"{PROG} {' '.join(argv)}")
     write_figures(folder)
-    logger.info("everything is in %s", folder)
+    logger.info("open %s", write_report(folder))
     return 0
 
 

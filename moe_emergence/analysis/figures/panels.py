@@ -1,6 +1,7 @@
 """Building blocks of the figures: a heatmap or lines per run and layer, whatever their number."""
 
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -55,14 +56,15 @@ def heatmaps(
     tables = [(key, part.sort_index(axis=1)) for key, part in tables]
     height = max(len(part) for _, part in tables)
     width = max(part.shape[1] for _, part in tables)
-    figure, axes = grid(len(tables), min(9, 1.6 + 0.36 * width), min(8, 0.8 + 0.26 * height))
+    figure, axes = grid(
+        len(tables), min(9, max(3, 1.6 + 0.36 * width)), min(8, max(1.3, 0.8 + 0.26 * height))
+    )
     values = np.concatenate([part.to_numpy().ravel() for _, part in tables])
     top = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    colours = ScalarMappable(
-        Normalize(-top if signed else 0, top or 1.0), SIGNED if signed else QUANTITY
-    )
+    norm = Normalize(-top if signed else 0, top or 1.0)
+    colours = ScalarMappable(norm, SIGNED if signed else QUANTITY)
     for axis, (key, part) in zip(axes, tables, strict=True):
-        axis.imshow(part.to_numpy(), cmap=colours.cmap, norm=colours.norm, aspect="auto")
+        axis.imshow(part.to_numpy(), cmap=colours.cmap, norm=norm, aspect="auto")
         axis.set_title(panel_name(panels, key, table), fontsize=9, loc="left")
         ticks = range(0, part.shape[1], max(1, part.shape[1] // 16))
         axis.set_xticks(list(ticks), [str(part.columns[t]) for t in ticks], fontsize=7)
@@ -77,9 +79,9 @@ def heatmaps(
                         c, r, form.format(cell), ha="center", va="center", fontsize=6,
                         color="white" if dark else "black",
                     )  # fmt: skip
-    figure.colorbar(colours, ax=axes, label=label)
-    figure.suptitle(title, fontsize=11)
-    return figure
+    bar = figure.colorbar(colours, ax=axes)
+    bar.set_label(textwrap.fill(label, max(20, int(9 * figure.get_figheight()))), fontsize=8)
+    return titled(figure, title)
 
 
 def lines(
@@ -108,8 +110,7 @@ def lines(
         )  # fmt: skip
     figure.supxlabel(x_label or x, fontsize=9)
     figure.supylabel(label, fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    return figure
+    return titled(figure, title)
 
 
 def bars(
@@ -136,7 +137,12 @@ def bars(
         fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False
     )
     figure.supylabel(label, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+    return titled(figure, title)
+
+
+def titled(figure: Figure, title: str) -> Figure:
+    """The figure with a title broken to its width."""
+    figure.suptitle(textwrap.fill(title, int(10 * figure.get_figwidth())), fontsize=11)
     return figure
 
 
@@ -149,6 +155,3 @@ def panel_name(panels: Sequence[str], key: Any, table: pd.DataFrame) -> str:
         else:
             parts.append(f"{column.replace('_', ' ')} {value}" if column == "layer" else str(value))
     return ", ".join(parts)
-
-
-FigureFunction = Callable[[pd.DataFrame], Figure]

@@ -139,8 +139,8 @@ def _save(figure: Figure, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         # without a date, so that the same numbers give the same file
-        options = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
-        figure.savefig(temporary, dpi=130, format=path.suffix[1:], **options)
+        about = {"Date": None} if path.suffix == ".svg" else None
+        figure.savefig(temporary, dpi=130, format=path.suffix[1:], metadata=about)
         temporary.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):

@@ -1,0 +1,82 @@
+"""What an analysis says, in words: the numbers with their intervals, and what they do not show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class LayerFinding:
+    """Domain information of a layer, against its nulls."""
+
+    layer: int
+    bits: float
+    low: float
+    high: float
+    p: float
+    null_bits: float
+    imbalance: float
+
+    @property
+    def verdict(self) -> str:
+        """What the numbers show, and what they do not."""
+        if self.p >= ALPHA:
+            return "no evidence that experts and domains go together"
+        if self.low > self.null_bits:
+            return "experts follow domains more than a random router would"
+        return "no more than a random router: no evidence of learned specialisation"
+
+
+@dataclass(frozen=True)
+class RunFinding:
+    """The headline numbers of a run."""
+
+    name: str
+    about: Mapping[str, Any]
+    layers: tuple[LayerFinding, ...]
+    collapse: str
+
+
+def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) -> list[RunFinding]:
+    """A finding per run of `analysis.json`, from the tables there are."""
+    return [
+        RunFinding(
+            run["name"],
+            run,
+            tuple(_layers(_of(tables, "information", run), _of(tables, "routing", run))),
+            _collapse(_of(tables, "collapse", run)),
+        )
+        for run in runs
+    ]
+
+
+def _of(tables: Mapping[str, pd.DataFrame], name: str, run: Mapping[str, Any]) -> pd.DataFrame:
+    table = tables.get(name)
+    return pd.DataFrame() if table is None else table[table["run"] == run["name"]]
+
+
+def _layers(information: pd.DataFrame, routing: pd.DataFrame) -> list[LayerFinding]:
+    if information.empty:
+        return []
+    uneven = dict(zip(routing["layer"], routing["max_violation"], strict=True))
+    return [
+        LayerFinding(
+            int(row["layer"]), row["bits"], row["bits_low"], row["bits_high"],
+            row["p_permutation"], row["null_router_bits"], uneven[row["layer"]],
+        )
+        for row in information[information["label"] == "domain"].to_dict("records")
+    ]  # fmt: skip
+
+
+def _collapse(table: pd.DataFrame) -> str:
+    if table.empty:
+        return "no record of training"
+    worst = table.loc[table["largest_share"].idxmax()]
+    return (
+        f"largest share of any expert over training {worst['largest_share']:.0%} "
+        f"(layer {int(worst['layer'])}, step {int(worst['step'])})"
+    )
