@@ -154,6 +154,7 @@
     drawTokens();
   }
 
+  root.dataset.text = "true";
   const source = await unpack("plotly-gz");
   new Function(source).call(window);
   const paint = (layout) => {
