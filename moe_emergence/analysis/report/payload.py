@@ -52,7 +52,7 @@ METRICS = {
 
 
 def heatmap_data(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """Per metric its texts and, per run, layer and panel, the matrix with its row and column names."""
+    """Per metric its texts and, per run, layer and panel, the matrix with its names."""
     found: dict[str, Any] = {}
     for name, metric in METRICS.items():
         if metric.table not in tables:

@@ -1,0 +1,76 @@
+"""Figures of an analysis: their numbers, labels and files; any number of layers and experts."""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from analysis_folders import write_analysis
+from PIL import Image
+
+from moe_emergence.analysis.figures import FIGURES, write_figures
+from moe_emergence.analysis.figures.subjects import (
+    plot_collapse,
+    plot_expert_domain,
+    plot_expert_slots,
+    plot_information,
+    plot_similarity,
+)
+from moe_emergence.analysis.tidy import read_tables, write_tables
+
+
+def test_heatmaps_show_the_tables_numbers(tmp_path: Path) -> None:
+    table = read_tables(write_analysis(tmp_path, runs=1))["similarity"]
+    figure = plot_similarity(table)
+    panels = [axis for axis in figure.axes if axis.images]
+    assert len(panels) == 4  # 2 layers x 2 kinds
+    first = table[(table["layer"] == 0) & (table["kind"] == "weights")]
+    expected = first.pivot_table("cosine", "expert", "other_expert").to_numpy()
+    np.testing.assert_allclose(panels[0].images[0].get_array(), expected)
+    assert panels[0].get_xlabel() == "other expert"
+    assert panels[0].texts[0].get_text() == "1.00"
+
+
+def test_every_axis_has_a_unit(tmp_path: Path) -> None:
+    tables = read_tables(write_analysis(tmp_path))
+    figure = plot_information(tables["information"])
+    assert figure.get_supylabel() == "I(expert; domain) (bits)"
+    figure = plot_expert_domain(tables["expert_domain"])
+    assert "(%)" in figure.axes[-1].get_ylabel()
+    figure = plot_collapse(tables["collapse"])
+    assert figure.get_supxlabel() == "training step"
+    assert len([line for line in figure.axes[0].lines if len(line.get_xdata())]) == 2
+
+
+def test_slots_have_a_figure_only_where_there_are_several(tmp_path: Path) -> None:
+    table = read_tables(write_analysis(tmp_path))["expert_domain"]
+    assert plot_expert_slots(table) is None
+    both = pd.concat([table.assign(slot=0), table.assign(slot=1)])
+    figure = plot_expert_slots(both)
+    assert figure is not None
+    assert len(figure.axes[0].get_yticklabels()) == 6
+
+
+@pytest.mark.parametrize(("layers", "experts"), [(1, 4), (16, 64)])
+def test_all_figures_are_written_and_stale_ones_deleted(
+    tmp_path: Path, layers: int, experts: int
+) -> None:
+    folder = write_analysis(tmp_path, runs=1, layers=layers, experts=experts)
+    tables = read_tables(folder)
+    few = {name: tables[name] for name in ("expert_domain", "information", "collapse")}
+    share = few["expert_domain"][["run", "layer", "domain", "expert", "fraction"]]
+    few["trajectory"] = pd.concat([share.assign(step=step) for step in (10, 20, 30)])
+    write_tables(folder, few)
+    (folder / "figures").mkdir()
+    (folder / "figures/old.png").touch()
+    written = {path.name for path in write_figures(folder)}
+    assert {"expert_domain.png", "expert_domain.svg", "collapse.svg", "trajectory.gif"} <= written
+    assert not (folder / "figures/old.png").exists()
+    assert {path.name for path in (folder / "figures").iterdir()} == written
+    with Image.open(folder / "figures/trajectory.gif") as film:
+        assert film.n_frames == 3
+    assert (folder / "figures/trajectory.gif").stat().st_size < 1_000_000
+
+
+def test_every_figure_names_its_table_and_says_what_it_shows() -> None:
+    assert all(figure.caption.endswith(".") and figure.table for figure in FIGURES.values())

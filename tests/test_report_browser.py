@@ -1,0 +1,145 @@
+"""report.html in headless Chromium: what is seen, pressed and walked through with keys."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from analysis_folders import HOSTILE, write_analysis
+
+from moe_emergence.analysis.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    found = next((path for path in map(shutil.which, NAMES) if path), None)
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=found, args=FLAGS)
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium to look at the page with ({str(error).splitlines()[0]})")
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_report(write_analysis(tmp_path_factory.mktemp("a"), runs=2, layers=3))
+
+
+@pytest.fixture
+def page(browser: Any, report: Path) -> Iterator[Any]:
+    yield from opened(browser, report, width=1100)
+
+
+def opened(browser: Any, report: Path, width: int, scheme: str = "light") -> Iterator[Any]:
+    """The page when all is drawn; no request and no console message may have happened."""
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page = context.new_page()
+    wrong: list[str] = []
+    page.on("console", lambda message: wrong.append(message.text))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("request", lambda request: wrong.append(request.url))
+    page.goto(report.as_uri(), wait_until="commit")
+    page.wait_for_function("document.documentElement.dataset.ready === 'true'", timeout=20_000)
+    yield page
+    assert [entry for entry in wrong if not entry.startswith(("file:", "blob:", "data:"))] == []
+    context.close()
+
+
+def test_it_opens_soon(browser: Any, report: Path) -> None:
+    page = browser.new_context().new_page()
+    page.goto("about:blank")
+    start = time.perf_counter()
+    page.goto(report.as_uri(), wait_until="commit")
+    page.wait_for_selector(".tok")
+    assert time.perf_counter() - start < 2
+    page.context.close()
+
+
+def test_charts_are_drawn_and_follow_the_controls(page: Any) -> None:
+    assert page.locator("#heat .hm").count() >= 1
+    assert page.locator("#curves .scatterlayer .trace").count() == 2
+    page.locator("#heat-details summary").click()
+    before = page.locator("#heat-table").inner_text()
+    page.select_option("#heat-metric", "similarity")
+    assert page.locator("#heat-table").inner_text() != before
+    at_first = page.locator("#heat-table").inner_text()
+    page.locator("#heat-layer").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#heat-layer-out").inner_text() == "1"
+    assert page.locator("#heat-table").inner_text() != at_first
+    page.select_option("#curve", "largest")
+    assert page.locator("#curve-file").inner_text() == "tables/collapse.csv"
+
+
+def test_hovering_a_heatmap_shows_its_value(page: Any) -> None:
+    box = page.locator("#heat").bounding_box()
+    page.locator("#heat").scroll_into_view_if_needed()
+    page.locator("#heat").hover(position={"x": box["width"] / 2, "y": box["height"] / 2})
+    page.wait_for_selector("#heat .hoverlayer .hovertext")
+    assert "share of the domain" in page.locator("#heat .hoverlayer").text_content()
+
+
+def test_slider_recolours_the_text(page: Any) -> None:
+    experts = "Array.from(document.querySelectorAll('.tok'), (t) => t.dataset.expert).join()"
+    before = page.evaluate(experts)
+    page.locator("#ex-layer").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#ex-layer-out").inner_text() == "1"
+    assert page.evaluate(experts) != before
+    slot = page.evaluate(experts)
+    page.select_option("#ex-slot", "1")
+    assert page.evaluate(experts) != slot
+
+
+def test_hover_and_keys_show_probabilities(page: Any) -> None:
+    page.locator(".tok").nth(1).hover()
+    shown = page.locator("#ex-info").inner_text()
+    assert '" x"' in shown
+    assert "70.0%" in shown
+    assert "20.0%" in shown
+    page.locator(".tok").first.focus()
+    for _ in range(2):
+        page.keyboard.press("ArrowRight")
+    assert "token 3," in page.locator("#ex-info").inner_text()
+    page.keyboard.press("Enter")
+    assert page.locator('#ex-legend button[aria-pressed="true"]').count() == 1
+
+
+def test_pressing_an_expert_shows_where_it_fires(page: Any) -> None:
+    expert = page.locator(".tok").first.get_attribute("data-expert")
+    page.locator(f'#ex-legend button[data-expert="{expert}"]').click()
+    assert 0 < page.locator(".tok.hit").count() < page.locator(".tok").count()
+    assert f"top of {expert}" in page.locator("#ex-top").inner_text()
+    page.locator(f'#ex-legend button[data-expert="{expert}"]').click()
+    assert page.locator(".tok.dim").count() == 0
+
+
+def test_hostile_text_is_shown_and_does_not_run(page: Any) -> None:
+    assert page.locator(".tok").nth(2).inner_text() == HOSTILE
+    assert page.title() != "run"
+
+
+def test_theme_changes_with_the_button(page: Any) -> None:
+    colour = "getComputedStyle(document.body).backgroundColor"
+    before = page.evaluate(colour)
+    page.locator("#theme").click()
+    assert page.evaluate(colour) != before
+    assert page.locator("#theme").get_attribute("aria-pressed") == "true"
+
+
+def test_dark_scheme_and_a_phone(browser: Any, report: Path) -> None:
+    for page in opened(browser, report, width=360, scheme="dark"):
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+        width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        assert page.evaluate(width) <= 0
