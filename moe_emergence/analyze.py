@@ -17,6 +17,7 @@ from torch import Tensor
 from moe_emergence.analysis.checkpoints import over_checkpoints
 from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
+from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
 from moe_emergence.analysis.report import write_report
@@ -55,6 +56,8 @@ class AnalyzeConfig:
     embedded text."""
     out: str | None = None
     """Folder for the analysis; without it SOURCE/analysis, or runs/analysis for several."""
+    gallery: str | None = None
+    """Markdown file to show the figures in."""
     device: str = "auto"
     """Where to run: auto (cuda where there is one), cpu or cuda."""
     max_tokens: int = 200_000
@@ -110,6 +113,8 @@ def main(argv: list[str]) -> int:
     folder = output_folder(config)
     analyze(config, folder, f"{PROG} {' '.join(argv)}")
     write_figures(folder)
+    if config.gallery:
+        write_gallery(folder, Path(config.gallery))
     logger.info("open %s", write_report(folder))
     return 0
 
@@ -134,9 +139,9 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     data = ""
     for place, name in zip(config.sources, source_names(config.sources), strict=True):
         source = open_source(place, name, device)
+        reader = RouterReader(source.model)
         blocks, data = text_blocks(source, config.data, config.block_size, config.cache_dir)
         blocks = take(blocks, config.max_tokens)
-        reader = RouterReader(source.model)
         found = routing_tables(source, reader, blocks, config)
         found |= model_tables(source, reader, blocks, config, device)
         about.append(describe(source, reader, blocks, config.batch_size, found))

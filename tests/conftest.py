@@ -52,11 +52,16 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config(data_folder: Path, cache_folder: Path, tmp_path: Path) -> RunConfig:
     """The demo at toy size: 2 layers, the second one a mixture; 4 base steps, then 6."""
+    return tiny(data_folder, cache_folder, tmp_path)
+
+
+def tiny(data_folder: Path, cache_folder: Path, where: Path) -> RunConfig:
+    """`tiny_config` for a run in `where`."""
     config = demo()
     return replace(
         config,
         run_name="tiny",
-        output_dir=str(tmp_path / "runs"),
+        output_dir=str(where / "runs"),
         device="cpu",
         model=replace(config.model, n_layer=2, n_embd=16, n_head=2, moe_layers=(1,), num_experts=4),
         data=replace(

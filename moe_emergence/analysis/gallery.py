@@ -1,0 +1,49 @@
+"""A Markdown page of an analysis' figures: each with a sentence and its numbers."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from moe_emergence.analysis.figures import FIGURES
+from moe_emergence.analysis.figures.write import TRAJECTORY
+from moe_emergence.analysis.tidy import FIGURES as FOLDER
+from moe_emergence.analysis.tidy import TABLES
+from moe_emergence.run_folder import disk_error, read_json
+
+
+def write_gallery(folder: Path, page: Path) -> Path:
+    """Write `page` with every figure that `folder/figures` has; links are relative to the page.
+
+    Raises:
+        RunError: when the page cannot be written.
+    """
+    about = read_json(folder / "analysis.json")
+    link = Path(os.path.relpath(folder.resolve(), page.parent.resolve())).as_posix()
+    names = ", ".join(f"`{run['name']}`" for run in about["runs"])
+    parts = [
+        "# Gallery",
+        f"What `analyze` draws, of {names}: {about['tokens']:,} tokens of {about['data']}. Numbers "
+        "are in the table that each figure names.",
+        f"```bash\n{about['command']}\n```",
+    ]
+    shown = {name: (one.caption, one.table, "png") for name, one in FIGURES.items()}
+    caption = "Share of each domain's assignments per expert, over the checkpoints of training."
+    shown[TRAJECTORY] = (caption, TRAJECTORY, "gif")
+    for name, (caption, table, suffix) in shown.items():
+        if (folder / FOLDER / f"{name}.{suffix}").is_file():
+            heading = name.replace("_", " ").capitalize()
+            parts += [
+                f"## {heading}",
+                f"{caption} Numbers: [{table}.csv]({link}/{TABLES}/{table}.csv).",
+                f"![{heading}]({link}/{FOLDER}/{name}.{suffix})",
+            ]
+    temporary = page.with_name(f".{page.name}.tmp")
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        temporary.replace(page)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise disk_error(page, error) from error
+    return page

@@ -1,0 +1,165 @@
+"""`python -m moe_emergence.analyze` on runs, on Hugging Face mixtures, and misused."""
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from routing_models import tiny_mixture
+
+from moe_emergence.analysis.figures import FIGURES
+from moe_emergence.analysis.sources import load_model
+from moe_emergence.analyze import AnalyzeConfig, analyze, main, output_folder, source_names
+from moe_emergence.config import DOMAINS
+from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.training.experiment import run_experiment
+
+FEW = ("--permutations", "39", "--device", "cpu", "--max-tokens", "0")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> RunFolder:
+    """A toy mixture with three checkpoints, evaluated on all of its evaluation blocks."""
+    data = request.getfixturevalue("data_folder")
+    cache = request.getfixturevalue("cache_folder")
+    return make_run(tmp_path_factory.mktemp("runs"), data, cache)
+
+
+def make_run(where: Path, data: Path, cache: Path) -> RunFolder:
+    from conftest import tiny
+
+    config = tiny(data, cache, where)
+    run_experiment(replace(config, monitor=replace(config.monitor, eval_blocks=0)))
+    return RunFolder(where / "runs/tiny")
+
+
+@pytest.fixture(scope="module")
+def analysed(run: RunFolder, cache_folder: Path) -> Path:
+    assert main([str(run.root), *FEW, "--cache-dir", str(cache_folder)]) == 0
+    return run.root / "analysis"
+
+
+def test_fractions_are_those_the_run_logged(run: RunFolder, analysed: Path) -> None:
+    table = pd.read_csv(analysed / "tables/expert_domain.csv")
+    own = table[table["slot"] == -1].set_index(["layer", "domain", "expert"])["fraction"]
+    with run.expert_domain.open() as file:
+        logged = list(csv.DictReader(file))
+    assert len(logged) == len(own)
+    for row in logged:
+        found = own[int(row["layer"]), row["domain"], int(row["expert"])]
+        assert found == pytest.approx(float(row["fraction"]), abs=1e-5)
+
+
+def test_loss_is_the_one_the_run_logged(run: RunFolder, analysed: Path) -> None:
+    table = pd.read_parquet(analysed / "tables/training.parquet")
+    logged = table[table["metric"] == "eval/lm_loss"].sort_values("step")["value"].iloc[-1]
+    (about,) = read_json(analysed / "analysis.json")["runs"]
+    assert about["lm_loss"] == pytest.approx(logged, rel=1e-5)
+    assert about["step"] == 6
+
+
+def test_every_table_is_there_in_both_forms(analysed: Path) -> None:
+    names = {path.stem for path in (analysed / "tables").glob("*.parquet")}
+    assert names == {path.stem for path in (analysed / "tables").glob("*.csv")}
+    expected = {figure.table for figure in FIGURES.values()} | {"vocabulary", "trajectory"}
+    assert names == expected - {"coactivation"}  # one layer, one expert per token
+    for path in (analysed / "tables").glob("*.parquet"):
+        table = pd.read_parquet(path)
+        assert table.columns[0] == "run"
+        text = pd.read_csv(path.with_suffix(".csv"), keep_default_na=False)
+        assert list(text.columns) == list(table.columns)
+        assert len(text) == len(table)
+    assert (analysed / "figures/trajectory.gif").is_file()
+    assert (analysed / "report.html").is_file()
+
+
+def test_experts_begin_at_the_dense_base_and_saturation_ends_at_one(analysed: Path) -> None:
+    movement = pd.read_parquet(analysed / "tables/movement.parquet")
+    assert set(movement["start"]) == {"dense base"}
+    assert (movement["relative_distance"] > 0).all()
+    saturation = pd.read_parquet(analysed / "tables/saturation.parquet")
+    assert saturation.groupby("step")["share"].first().iloc[-1] == 1
+
+
+def test_explorer_pieces_join_to_the_text(analysed: Path, run: RunFolder) -> None:
+    _, tokenizer = load_model(str(run.final_model), "cpu")
+    (one,) = json.loads((analysed / "explorer.json").read_text())["runs"]
+    assert {text["domain"] for text in one["texts"]} == set(DOMAINS)
+    for text in one["texts"]:
+        joined = "".join(text["tokens"])
+        assert text["domain"] in joined
+        assert tokenizer.decode(tokenizer(joined)["input_ids"]) == joined
+        assert len(text["experts"][0]) == len(text["tokens"])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe", "gpt_oss"])
+def test_a_hugging_face_mixture_in_a_folder(
+    family: str, run: RunFolder, data_folder: Path, cache_folder: Path, tmp_path: Path
+) -> None:
+    _, tokenizer = load_model(str(run.final_model), "cpu")
+    folder = tmp_path / family
+    tiny_mixture(family).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    config = AnalyzeConfig(
+        sources=(str(folder),), data=str(data_folder), block_size=16, permutations=19,
+        knockout_tokens=200, cache_dir=str(cache_folder), max_tokens=600, device="cpu",
+    )  # fmt: skip
+    analyze(config, tmp_path / "out", "command")
+    load = pd.read_parquet(tmp_path / "out/tables/expert_load.parquet")
+    assert set(load["layer"]) == {0, 1}
+    assert set(load["slot"]) == {-1, 0, 1}
+    assert set(pd.read_parquet(tmp_path / "out/tables/knockout.parquet")["how"]) == {"zeroed"}
+    assert (tmp_path / "out/tables/coactivation.parquet").is_file()
+
+
+def test_several_runs_are_compared(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:
+    sources = (str(run.root), str(run.final_model))
+    config = AnalyzeConfig(
+        sources=sources, permutations=19, knockout_tokens=0, device="cpu", max_tokens=300,
+        cache_dir=str(cache_folder), data=str(run_data(run)),
+    )  # fmt: skip
+    analyze(config, tmp_path, "command")
+    table = pd.read_parquet(tmp_path / "tables/expert_domain.parquet")
+    names = source_names(sources)
+    assert list(dict.fromkeys(table["run"])) == names
+    one, other = (table[table["run"] == name]["tokens"].sum() for name in names)
+    assert one == other
+    assert not (tmp_path / "tables/knockout.parquet").exists()
+
+
+def run_data(run: RunFolder) -> Path:
+    return Path(read_json(run.config)["data"]["data"])
+
+
+def test_names_of_sources_differ() -> None:
+    assert source_names(("runs/a", "runs/b")) == ["a", "b"]
+    assert source_names(("x/moe/seed-0", "x/no-lb/seed-0")) == ["moe/seed-0", "no-lb/seed-0"]
+    assert source_names(("a", "a")) == ["a (1)", "a (2)"]
+    assert output_folder(AnalyzeConfig(sources=("org/model",))) == Path("runs/analysis/model")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "SOURCE"),
+        (["runs/none", "--permutations", "3"], "--permutations 3"),
+        (["--max-tokens", "-1", "x"], "--max-tokens -1"),
+        (["--device", "tpu", "x"], "--device tpu"),
+        (["--block-size", "1", "x"], "--block-size 1"),
+    ],
+)
+def test_bad_flags_name_themselves(argv: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        main(argv)
+
+
+def test_a_folder_that_is_neither_run_nor_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SOURCE .* neither a run folder nor a model folder"):
+        main([str(tmp_path)])
+
+
+def test_a_dense_run_is_refused(run: RunFolder, cache_folder: Path) -> None:
+    with pytest.raises(ValueError, match="no routers that can be read"):
+        main([str(run.root / "dense-base"), "--cache-dir", str(cache_folder)])
