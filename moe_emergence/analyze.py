@@ -2,6 +2,7 @@
 
 import logging
 import platform
+import shlex
 import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,7 +38,7 @@ from moe_emergence.analysis.training_curves import training_tables
 from moe_emergence.analysis.vocabulary import vocabulary_tables
 from moe_emergence.command import parse, run
 from moe_emergence.config import DOMAINS
-from moe_emergence.run_folder import write_json
+from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import check
 
 PROG = "python -m moe_emergence.analyze"
@@ -244,11 +245,22 @@ def describe(
         "num_experts": int(load["expert"].max()) + 1,
         "top_k": int(load["slot"].max()) + 1,
         "step": source.step,
+        "made_by": made_by(source),
         "router": getattr(source.model.config, "router", None),
         "tokens": sum(part.numel() for part in blocks.values()),
         "lm_loss": losses[ALL][0],
         "lm_loss_by_domain": {d: losses[d][0] for d in losses if d != ALL},
     }
+
+
+def made_by(source: Source) -> str | None:
+    """The command that the run was started with, where it says."""
+    if source.run is None or not source.run.environment.is_file():
+        return None
+    program, *flags = read_json(source.run.environment).get("command") or [""]
+    if not program:
+        return None
+    return f"python -m moe_emergence.{Path(program).stem} {shlex.join(flags)}".strip()
 
 
 def source_names(sources: tuple[str, ...]) -> list[str]:

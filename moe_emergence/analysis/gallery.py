@@ -25,6 +25,7 @@ def write_gallery(folder: Path, page: Path) -> Path:
         f"What `analyze` draws, of {names}: {about['tokens']:,} tokens of {about['data']}. Numbers "
         "are in the table that each figure names.",
         f"```bash\n{about['command']}\n```",
+        *(f"`{run['name']}` is `{run['made_by']}`." for run in about["runs"] if run["made_by"]),
     ]
     shown = {name: (one.caption, one.table, "png") for name, one in FIGURES.items()}
     caption = "Share of each domain's assignments per expert, over the checkpoints of training."
