@@ -28,9 +28,9 @@ def style(place: int) -> dict[str, Any]:
     }
 
 
-def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` axes of this size in inches, at most `COLUMNS` in a row."""
-    columns = max(1, min(COLUMNS, count))
+def grid(count: int, width: float, height: float, most: int = COLUMNS) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` axes of this size in inches, at most `most` in a row."""
+    columns = max(1, min(most, count))
     rows = max(1, -(-count // columns))
     figure = Figure(figsize=(width * columns + 1.2, height * rows + 0.9), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
@@ -42,7 +42,7 @@ def grid(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
 def heatmaps(
     table: pd.DataFrame, *, rows: str, columns: str, value: str, label: str, title: str,
     panels: Sequence[str] = ("run", "layer"), signed: bool = False, scale: float = 1.0,
-    form: str = "{:.0f}",
+    form: str = "{:.0f}", across: int = COLUMNS,
 ) -> Figure:  # fmt: skip
     """A heatmap for every combination of `panels`, all with one colour scale.
 
@@ -56,9 +56,8 @@ def heatmaps(
     tables = [(key, part.sort_index(axis=1)) for key, part in tables]
     height = max(len(part) for _, part in tables)
     width = max(part.shape[1] for _, part in tables)
-    figure, axes = grid(
-        len(tables), min(9, max(3, 1.6 + 0.36 * width)), min(8, max(1.3, 0.8 + 0.26 * height))
-    )
+    size = min(9, max(3, 1.6 + 0.36 * width)), min(8, max(1.3, 0.8 + 0.26 * height))
+    figure, axes = grid(len(tables), *size, across)
     values = np.concatenate([part.to_numpy().ravel() for _, part in tables])
     top = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     norm = Normalize(-top if signed else 0, top or 1.0)
@@ -71,12 +70,14 @@ def heatmaps(
         ticks = range(0, len(part), max(1, len(part) // 24))
         axis.set_yticks(list(ticks), [str(part.index[t]) for t in ticks], fontsize=7)
         axis.set_xlabel(columns.replace("_", " "), fontsize=8)
+        if not isinstance(part.index[0], str):
+            axis.set_ylabel(rows, fontsize=8)
         if part.shape[1] <= MOST_WRITTEN and len(part) <= 24:
             for (r, c), cell in np.ndenumerate(part.to_numpy()):
                 if np.isfinite(cell):
                     dark = abs(cell) > 0.6 * top if signed else cell < 0.5 * top
                     axis.text(
-                        c, r, form.format(cell), ha="center", va="center", fontsize=6,
+                        c, r, written(cell, form), ha="center", va="center", fontsize=6,
                         color="white" if dark else "black",
                     )  # fmt: skip
     bar = figure.colorbar(colours, ax=axes)
@@ -138,6 +139,12 @@ def bars(
     )
     figure.supylabel(label, fontsize=9)
     return titled(figure, title)
+
+
+def written(value: float, form: str) -> str:
+    """The value in a cell; no minus in front of a zero."""
+    text = form.format(value)
+    return text.lstrip("-") if float(text) == 0 else text
 
 
 def titled(figure: Figure, title: str) -> Figure:

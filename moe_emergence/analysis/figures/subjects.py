@@ -142,6 +142,7 @@ def plot_similarity(table: pd.DataFrame) -> Figure:
     return heatmaps(
         table, rows="expert", columns="other_expert", value="cosine",
         panels=("run", "layer", "kind"), signed=True, label="cosine", form="{:.2f}",
+        across=3,
         title="How alike experts are: weights, what they moved, outputs",
     )  # fmt: skip
 
