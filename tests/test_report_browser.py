@@ -133,6 +133,20 @@ def test_hostile_text_is_shown_and_does_not_run(page: Any) -> None:
     assert page.title() != "run"
 
 
+def test_names_are_shown_as_they_are_in_charts_and_tables(page: Any) -> None:
+    assert page.locator("#curves .legendtext").first.text_content() == "run-0 <b>&, all"
+    page.locator("#curve-details summary").click()
+    assert "run-0 <b>&, all" in page.locator("#curve-table").inner_text()
+
+
+def test_charts_fit_their_frames(page: Any) -> None:
+    for chart in ("#heat", "#curves"):
+        frame = page.locator(chart).bounding_box()
+        drawn = page.locator(f"{chart} .main-svg").first.bounding_box()
+        assert drawn["height"] <= frame["height"]
+        assert drawn["width"] <= frame["width"]
+
+
 def test_theme_changes_with_the_button(page: Any) -> None:
     colour = "getComputedStyle(document.body).backgroundColor"
     before = page.evaluate(colour)

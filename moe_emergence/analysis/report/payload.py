@@ -1,5 +1,6 @@
 """The numbers of the page: heatmaps by metric, run and layer, lines over training, the explorer."""
 
+import html
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import plotly.graph_objects as go
 
 from moe_emergence.analysis.routing_tables import ALL_SLOTS
 
+# Okabe and Ito's palette; its yellow is too pale for lines
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 OKABE_ITO = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
 
 
@@ -159,12 +162,13 @@ def curve_data(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
         groups = list(table.groupby(list(curve.series), sort=False))
         for place, (key, part) in enumerate(groups):
             part = part.sort_values("step")
+            raw = _line_name(curve, key, table)  # Plotly reads its labels as a little HTML
             figure.add_scatter(
                 x=part["step"].tolist(), y=[round(v, 5) for v in part[curve.value].tolist()],
-                name=_line_name(curve, key, table), mode="lines",
+                name=html.escape(raw), meta=raw, mode="lines",
                 line={
-                    "color": OKABE_ITO[place % len(OKABE_ITO)],
-                    "dash": ("solid", "dash", "dot", "dashdot")[place // len(OKABE_ITO) % 4],
+                    "color": LINE_COLOURS[place % len(LINE_COLOURS)],
+                    "dash": ("solid", "dash", "dot", "dashdot")[place // len(LINE_COLOURS) % 4],
                 },
             )  # fmt: skip
         figure.update_layout(

@@ -161,7 +161,7 @@
     const colour = getComputedStyle(root).getPropertyValue("--fg").trim();
     const line = getComputedStyle(root).getPropertyValue("--line").trim();
     const axis = (own) => ({ ...own, gridcolor: line, linecolor: line, zerolinecolor: line });
-    return { ...layout, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    return { ...layout, autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: colour, family: "system-ui, sans-serif", size: 12 },
       xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis) };
   };
@@ -189,6 +189,7 @@
       const view = here.find((v) => v.panel === $("heat-panel").value);
       const figure = metric().figure;
       const trace = { ...figure.data[0], z: view.z, x: view.columns, y: view.rows };
+      if (!metric().signed) Object.assign(trace, { zmin: 0, zmax: Math.max(...view.z.flat()) || 1 });
       if (view.columns.length <= 16) trace.texttemplate = "%{z:.2f}";
       Plotly.react("heat", [trace], paint(figure.layout), options);
       $("heat-file").textContent = `tables/${metric().table}.csv`;
@@ -218,7 +219,7 @@
       Plotly.react("curves", curve.figure.data, paint(curve.figure.layout), options);
       $("curve-file").textContent = `tables/${curve.table}.csv`;
       $("curve-table").replaceChildren(numberTable(["line", "step", curve.unit],
-        curve.figure.data.flatMap((line) => line.x.map((x, i) => [line.name, x, line.y[i]]))));
+        curve.figure.data.flatMap((line) => line.x.map((x, i) => [line.meta, x, line.y[i]]))));
     };
     $("curve").addEventListener("change", draw);
     redraws.push(draw);
