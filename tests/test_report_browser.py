@@ -145,6 +145,8 @@ def test_charts_fit_their_frames(page: Any) -> None:
         drawn = page.locator(f"{chart} .main-svg").first.bounding_box()
         assert drawn["height"] <= frame["height"]
         assert drawn["width"] <= frame["width"]
+        title = page.locator(f"{chart} .xtitle").bounding_box()
+        assert title["y"] + title["height"] <= frame["y"] + frame["height"] - 1
 
 
 def test_theme_changes_with_the_button(page: Any) -> None:

@@ -106,7 +106,11 @@ def _heatmap_figure(metric: Metric) -> dict[str, Any]:
     )
     figure.update_layout(
         margin={"l": 10, "r": 10, "t": 10, "b": 52},
-        xaxis={"title": {"text": metric.columns.replace("_", " ")}, "type": "category"},
+        xaxis={
+            "title": {"text": metric.columns.replace("_", " "), "standoff": 6},
+            "type": "category",
+            "automargin": True,
+        },
         yaxis={"autorange": "reversed", "type": "category", "automargin": True},
         template="none",
     )
@@ -173,7 +177,7 @@ def curve_data(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
             )  # fmt: skip
         figure.update_layout(
             template="none", margin={"l": 60, "r": 10, "t": 10, "b": 52}, hovermode="closest",
-            xaxis={"title": {"text": "training step"}}, yaxis={"title": {"text": curve.unit}},
+            xaxis={"title": {"text": "training step", "standoff": 6}, "automargin": True}, yaxis={"title": {"text": curve.unit}},
             showlegend=True,
         )  # fmt: skip
         if groups:
