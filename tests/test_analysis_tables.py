@@ -162,3 +162,23 @@ def test_without_token_types_there_are_no_rows_of_them() -> None:
     assert expert_token_type(counts.layers).empty
     labels = set(information_table(counts.layers, FEW)["label"])
     assert labels == {"domain", "token id"}
+
+
+def test_null_routers_are_counted_as_a_loop_would() -> None:
+    experts, ids = random_decisions(7, 2)
+    counts = counted(experts, ids).layers[1]
+    hidden = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))[torch.tensor(ids % 4)]
+    for place, weight in enumerate(counts.null_weights_NEH):
+        chosen = (hidden @ weight.T).topk(2, dim=-1).indices.numpy()
+        for domain in range(3):
+            for expert in range(E):
+                of_all = (chosen[domain] == expert).sum()
+                assert counts.null_grouped[place, domain, expert] == of_all
+                odd = ((chosen[domain, ..., 0] == expert) & (ids[domain] % 2 == 1)).sum()
+                assert counts.null_types[place, domain, 1, expert] == odd
+    table = information_table([counts], FEW).set_index("label")
+    bits = [
+        mutual_info_score(None, None, contingency=counts.null_types[n, 0][:2]) / math.log(2)
+        for n in range(len(counts.null_weights_NEH))
+    ]
+    assert table.loc["token type: code", "null_router_bits"] == pytest.approx(np.mean(bits))

@@ -59,6 +59,8 @@ class LayerCounts:
     """(D, G, Y, E) first experts by group and type."""
     null_grouped: Ints = field(init=False)
     """(N, D, E) assignments of the null routers."""
+    null_types: Ints = field(init=False)
+    """(N, D, Y, E) their first experts by type of the token."""
     together: Ints = field(init=False)
     """(E, E) tokens that have both experts; assignments on the diagonal."""
     tokens: int = 0
@@ -78,6 +80,9 @@ class LayerCounts:
         self.types = np.zeros((domains, NUM_TYPES, self.top_k, experts), np.int64)
         self.types_grouped = np.zeros((domains, GROUPS, NUM_TYPES, experts), np.int32)
         self.null_grouped = np.zeros((len(self.null_weights_NEH), domains, experts), np.int64)
+        self.null_types = np.zeros(
+            (len(self.null_weights_NEH), domains, NUM_TYPES, experts), np.int64
+        )
         self.together = np.zeros((experts, experts), np.int64)
         self.pairs = (np.zeros(0, np.int64), np.zeros(0, np.int64))
         self.probs_sum = np.zeros(experts)
@@ -104,10 +109,18 @@ class LayerCounts:
         self.entropy_sum += float(torch.special.entr(probs).sum())
         self.top_sum += float(probs.max(dim=1).values.sum())
         self.probs_sum += probs.double().sum(dim=0).cpu().numpy()
-        hidden = routing.hidden_TH.float()
+        self._add_nulls(batch, routing.hidden_TH.float())
+
+    def _add_nulls(self, batch: Batch, hidden_TH: Tensor) -> None:
+        e = self.num_experts
         for place, weight_EH in enumerate(self.null_weights_NEH):
-            chosen = (hidden @ weight_EH.to(hidden).T).topk(self.top_k, dim=1).indices
-            self.null_grouped[place, domain] += _bincount(chosen.cpu().numpy(), e)
+            logits = hidden_TH @ weight_EH.to(hidden_TH).T
+            chosen = logits.topk(self.top_k, dim=1).indices.cpu().numpy()
+            self.null_grouped[place, batch.domain] += _bincount(chosen, e)
+            if batch.types is not None:
+                cells = batch.types.ravel().astype(np.int64) * e + chosen[:, 0]
+                counts = _bincount(cells, NUM_TYPES * e).reshape(NUM_TYPES, e)
+                self.null_types[place, batch.domain] += counts
 
     def _add_types(self, domain: int, groups: Ints, types: Ints, experts: Ints) -> None:
         e, k = self.num_experts, self.top_k

@@ -33,7 +33,7 @@ def information_table(layers: Sequence[LayerCounts], resampling: Resampling) -> 
     bits over the label's entropy; `permuted_mean`, `permuted_95`, `p_permutation` of the
     permutation test: domains of whole groups, or types among the tokens of a domain.
     `uniform_bits` is 0, what uniform routing tells; `null_router_bits` the mean of random routers
-    that read the same hidden states. Domains count all slots, the other labels first experts.
+    that read the same hidden states (of token ids unknown). Domains count all slots, the other labels first experts.
     """
     rows: list[dict[str, Any]] = []
     for counts in layers:
@@ -71,7 +71,9 @@ def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, An
             [grouped], lambda tables: info.mutual_information(tables)[..., 0],
             resamples=resampling.bootstrap, seed=resampling.seed,
         )  # fmt: skip
-        rows.append({"label": f"token type: {domain}"} | _row(table, test, interval))
+        null_bits = float(info.mutual_information(counts.null_types[:, place]).mean())
+        row = _row(table, test, interval) | {"null_router_bits": null_bits}
+        rows.append({"label": f"token type: {domain}"} | row)
         tests.append(test)
         weights.append(float(table.sum()))
         groups.append(counts.types_grouped[place][counts.types_grouped[place].any(axis=(1, 2))])
@@ -89,6 +91,7 @@ def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, An
         "bits_low": interval[0],
         "bits_high": interval[1],
         "share_of_label": float(share @ [row["share_of_label"] for row in rows]),
+        "null_router_bits": float(share @ [row["null_router_bits"] for row in rows]),
         **_null_columns(pooled),
     }
     return [{"label": "token type"} | mean, *rows]

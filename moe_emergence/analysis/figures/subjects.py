@@ -58,7 +58,11 @@ def plot_type_information(table: pd.DataFrame) -> Figure | None:
     if table.empty:
         return None
     return bars(
-        table, values={"bits": "measured", "permuted_95": "permuted types, 95%"},
+        table,
+        values={
+            "bits": "measured", "null_router_bits": "random router, same states",
+            "permuted_95": "permuted types, 95%",
+        },
         low="bits_low", high="bits_high", label="I(expert; token type) (bits)",
         title="What the first expert tells of the token's type within a domain",
     )  # fmt: skip
