@@ -72,7 +72,7 @@ def normalised_information(
 
 def _entropy(counts: Floats) -> Floats:
     """Entropy in bits over the last axis; 0 where there are no counts."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", divide="ignore"):
         return np.nan_to_num(np.asarray(stats.entropy(counts, base=2, axis=-1)))
 
 

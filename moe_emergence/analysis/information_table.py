@@ -33,7 +33,8 @@ def information_table(layers: Sequence[LayerCounts], resampling: Resampling) -> 
     bits over the label's entropy; `permuted_mean`, `permuted_95`, `p_permutation` of the
     permutation test: domains of whole groups, or types among the tokens of a domain.
     `uniform_bits` is 0, what uniform routing tells; `null_router_bits` the mean of random routers
-    that read the same hidden states (of token ids unknown). Domains count all slots, the other labels first experts.
+    that read the same hidden states (of token ids unknown). Domains count all slots, the other
+    labels first experts.
     """
     rows: list[dict[str, Any]] = []
     for counts in layers:

@@ -177,8 +177,8 @@ def curve_data(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
             )  # fmt: skip
         figure.update_layout(
             template="none", margin={"l": 60, "r": 10, "t": 10, "b": 52}, hovermode="closest",
-            xaxis={"title": {"text": "training step", "standoff": 6}, "automargin": True}, yaxis={"title": {"text": curve.unit}},
-            showlegend=True,
+            xaxis={"title": {"text": "training step", "standoff": 6}, "automargin": True},
+            yaxis={"title": {"text": curve.unit}}, showlegend=True,
         )  # fmt: skip
         if groups:
             found[name] = {
