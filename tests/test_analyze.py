@@ -11,6 +11,7 @@ from routing_models import tiny_mixture
 
 from moe_emergence.analysis.figures import FIGURES
 from moe_emergence.analysis.sources import load_model
+from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import AnalyzeConfig, analyze, main, output_folder, source_names
 from moe_emergence.config import DOMAINS
 from moe_emergence.run_folder import RunFolder, read_json
@@ -163,3 +164,19 @@ def test_a_folder_that_is_neither_run_nor_model_is_refused(tmp_path: Path) -> No
 def test_a_dense_run_is_refused(run: RunFolder, cache_folder: Path) -> None:
     with pytest.raises(ValueError, match="no routers that can be read"):
         main([str(run.root / "dense-base"), "--cache-dir", str(cache_folder)])
+
+
+def test_a_full_disk_leaves_no_half_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pd.DataFrame({"run": ["a"], "layer": [1]})
+    write_tables(tmp_path, {"load": table})
+    before = (tmp_path / "tables/load.parquet").read_bytes()
+
+    def full(self: pd.DataFrame, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
+    with pytest.raises(RunError, match=r"cannot write .*load\.parquet: No space left"):
+        write_tables(tmp_path, {"load": table.assign(layer=2)})
+    assert (tmp_path / "tables/load.parquet").read_bytes() == before
+    assert {path.name for path in (tmp_path / "tables").iterdir()} == {"load.parquet", "load.csv"}
