@@ -117,7 +117,7 @@ def disk_error(path: Path, error: OSError) -> RunError:
     """The one-line failure for a path that cannot be written."""
     return RunError(
         f"cannot write {path}: {error.strerror or error}; free some space or give another "
-        f"folder to write to. What was saved before is untouched"
+        f"folder (--output-dir or --out). What was saved before is untouched"
     )
 
 

@@ -14,6 +14,7 @@ from moe_emergence.analysis.sources import load_model
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import AnalyzeConfig, analyze, main, output_folder, source_names
 from moe_emergence.config import DOMAINS
+from moe_emergence.errors import RunError
 from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.training.experiment import run_experiment
 
