@@ -15,6 +15,7 @@ from conftest import REPOSITORY
 from moe_emergence import suite
 from moe_emergence.command import parse
 from moe_emergence.config import RunConfig
+from moe_emergence.errors import exit_code
 from moe_emergence.experiments.suite_file import built_in
 from moe_emergence.presets import get_preset
 from moe_emergence.train import preset_name
@@ -101,9 +102,19 @@ def test_every_command_is_of_a_kind_that_is_tested() -> None:
 
 
 def test_commands_work_one_after_another(
-    command: Command, data_folder: Path, cache_folder: Path
+    command: Command,
+    data_folder: Path,
+    cache_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the order of the documents, in one folder, as a reader would."""
+    """In the order of the documents, in one folder, as a reader would.
+
+    Entry points are called, which saves importing everything for each; that they start as modules
+    of their own is tested in test_packaging.py. Launchers are started.
+    """
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     for shown in runnable():
         words = shown.words
         if words[0] == "moe-emergence":
@@ -126,6 +137,10 @@ def test_commands_work_one_after_another(
         if words[0] in LAUNCHERS:
             words = ["python", "-m", LAUNCHERS[words[0]], *words[1:]]
         assert words[0] == "python", shown
+        if words[2].startswith("moe_emergence."):
+            entry = importlib.import_module(words[2])
+            assert exit_code(entry.main, words[3:]) == 0, shown
+            continue
         done = command(*words[1:])
         assert done.returncode == 0, f"{shown}\n{done.stderr[-3000:]}"
 

@@ -13,6 +13,7 @@ import pytest
 from conftest import command_environment
 from safetensors import safe_open
 
+from moe_emergence import generate
 from moe_emergence.config import DOMAINS
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
@@ -127,23 +128,26 @@ def test_mixture_starts_from_its_dense_base(
 
 
 def test_generate_from_every_kind_of_model(
-    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"], command: Command
+    finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, _ = finished
-    generate = ("-m", "moe_emergence.generate", "--prompt", "code1", "--max-new-tokens", "4")
-    trained = command(*generate, "--checkpoint", str(run.best_model), "--show-routing")
-    assert trained.returncode == 0, trained.stderr
-    assert "layer 2" in trained.stdout
-    assert "layer 3" in trained.stdout
-    saved = command(*generate, "--checkpoint", str(run.checkpoint(4)), "--temperature", "0")
-    assert saved.stdout.startswith("code1")
-    dense = (*generate, "--checkpoint", str(run.root / "dense" / "final-model"))
-    assert command(*dense).stdout.startswith("code1")
-    upcycled = command(*dense, "--upcycle-layers", "1", "--show-routing", "--num-experts", "3")
-    assert "layer 1" in upcycled.stdout
-    refused = command(*dense, "--show-routing")
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("error: --show-routing")
+
+    def generated(folder: Path, *flags: str) -> str:
+        prompt = ["--prompt", "code1", "--max-new-tokens", "4"]
+        assert generate.main([*prompt, "--checkpoint", str(folder), *flags]) == 0
+        return capsys.readouterr().out
+
+    trained = generated(run.best_model, "--show-routing")
+    assert "layer 2" in trained
+    assert "layer 3" in trained
+    assert generated(run.checkpoint(4), "--temperature", "0").startswith("code1")
+    dense = run.root / "dense" / "final-model"
+    assert generated(dense).startswith("code1")
+    upcycled = ("--upcycle-layers", "1", "--show-routing", "--num-experts", "3")
+    assert "layer 1" in generated(dense, *upcycled)
+    with pytest.raises(ValueError, match=r"^--show-routing"):
+        generated(dense, "--show-routing")
 
 
 def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(
