@@ -501,7 +501,7 @@ def test_the_cache_can_be_fed_by_hand_with_losses() -> None:
     rest = model(
         tokens[:, 6:],
         attention_mask=mask,
-        past_key_values=start.past_key_values,
+        cache=start.cache,
         labels=tokens[:, 6:],
     )
     torch.testing.assert_close(rest.logits, whole.logits[:, 6:], rtol=1e-10, atol=1e-12)

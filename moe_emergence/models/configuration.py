@@ -27,7 +27,7 @@ class MoEGPT2Config(GPT2Config):
 
     model_type = "moe_gpt2"
     keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads a plain class attribute
-        "past_key_values",
+        "cache",
         "lm_loss",
         "lb_loss",
         "z_loss",

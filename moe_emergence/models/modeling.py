@@ -18,8 +18,9 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
-from transformers.utils.generic import ModelOutput, can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moe_emergence.models.configuration import MoEGPT2Config
@@ -31,29 +32,20 @@ from moe_emergence.moe.tuning import TuningTable
 
 
 @dataclass
-class MoEModelOutput(ModelOutput):
+class MoEModelOutput(BaseModelOutputWithPast):
     """Hidden states (B, L, H), the cache, and one `RouterDecision` per mixture layer."""
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     router_decisions: tuple[RouterDecision, ...] | None = None
 
 
 @dataclass
-class MoECausalLMOutput(ModelOutput):
-    """Logits and losses.
+class MoECausalLMOutput(CausalLMOutputWithPast):
+    """Logits, the cache and losses.
 
     With labels, `loss` is `lm_loss + lb_coef * lb_loss + z_coef * z_loss`; compare models on
     `lm_loss`. `router_decisions` holds one decision per mixture layer, over the B*L tokens.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
     lm_loss: Tensor | None = None
     lb_loss: Tensor | None = None
     z_loss: Tensor | None = None
@@ -89,18 +81,18 @@ class MoEGPT2Block(GradientCheckpointingLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         router_noise: RouterNoise | None = None,
         token_ids: Tensor | None = None,
-        **kwargs: object,
     ) -> tuple[Tensor, RouterDecision | None]:
         """Hidden states (B, L, H), and the decision of a mixture layer."""
         attended, _ = self.attn(
             self.ln_1(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
-            **kwargs,
+            position_ids=position_ids,
         )
         hidden_states = hidden_states + attended
         if not isinstance(self.mlp, MoELayer):
@@ -188,30 +180,35 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         router_noise: RouterNoise | None = None,
-        **kwargs: object,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> MoEModelOutput:
-        """Run (B, L) `input_ids`, or (B, L, H) `inputs_embeds`, through all blocks."""
+        """Run (B, L) `input_ids`, or (B, L, H) `inputs_embeds`, through all blocks.
+
+        `capture_outputs` acts on the last two arguments. There is no `**kwargs`: an argument that
+        transformers renames or a user misspells is a `TypeError`, not a different result.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            seen = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
         )
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
@@ -219,18 +216,17 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
         for block in self.h:
             hidden_states, decision = block(
                 hidden_states,
-                past_key_values if not (self.gradient_checkpointing and self.training) else None,
+                cache if not (self.gradient_checkpointing and self.training) else None,
                 causal_mask,
+                position_ids,
                 router_noise,
                 input_ids,
-                position_ids=position_ids,
-                **kwargs,
             )
             if decision is not None:
                 decisions.append(decision)
         return MoEModelOutput(
             last_hidden_state=self.ln_f(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            cache=cache if use_cache else None,
             router_decisions=tuple(decisions),
         )
 
@@ -253,7 +249,7 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -266,11 +262,12 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         """Logits (B, L, V), decisions, and with `labels` (B, L) the losses.
 
         Labels are shifted inside; -100 is ignored. Tokens that `attention_mask` (B, L) masks do
-        not count in the auxiliary losses. `router_noise` acts in training only.
+        not count in the auxiliary losses. `router_noise` acts in training only. `kwargs` go to
+        `MoEGPT2Model.forward`, which refuses those it does not know.
         """
         outputs = self.transformer(
             input_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
@@ -291,7 +288,7 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         return MoECausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             lm_loss=lm_loss,
