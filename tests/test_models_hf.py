@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from small_models import SIZE, VOCAB, ids, make_dense, make_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     Trainer,
     TrainingArguments,
 )
@@ -23,17 +22,6 @@ from moe_emergence.moe import RouterNoise, auxiliary_losses
 # the names that transformers 5.17 knows
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 
-VOCAB = 64
-SIZE = {
-    "vocab_size": VOCAB,
-    "n_positions": 48,
-    "n_layer": 4,
-    "n_embd": 24,
-    "n_head": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 NOISE = RouterNoise(std=0.5, seed=1, step=4)
 
 
@@ -44,30 +32,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def make_dense(**changes) -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**{**SIZE, **NO_DROPOUT, **changes})).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
-def make_model(top_k: int = 2, noise: float = 0.3, **changes) -> MoEGPT2LMHeadModel:
-    """Experts that differ visibly and routers that decide clearly."""
-    model = upcycle(make_dense(), [1, 3], 4, top_k, noise=noise, **changes)
-    with torch.no_grad():
-        for layer in model.moe_layers().values():
-            for parameter in layer.router.parameters():
-                parameter.mul_(20)
-    return model
-
-
-def ids(batch: int = 3, length: int = 12, seed: int = 5) -> torch.Tensor:
-    return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 def same_parameters(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -457,39 +421,7 @@ def test_resizing_the_vocabulary_keeps_the_tie() -> None:
     assert model(ids(), labels=ids()).logits.shape[-1] == VOCAB + 8
 
 
-# generation -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("router", ["learned", "hash"])
-def test_generation_with_the_cache_is_generation_without(router) -> None:
-    model = make_model(router=router).double().eval()
-    settings = {
-        "max_new_tokens": 12,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-        "output_scores": True,
-        "return_dict_in_generate": True,
-    }
-    cached = model.generate(ids(2, 6), use_cache=True, **settings)
-    plain = model.generate(ids(2, 6), use_cache=False, **settings)
-    assert cached.sequences.shape == (2, 18)
-    assert torch.equal(cached.sequences, plain.sequences)
-    for a, b in zip(cached.scores, plain.scores, strict=True):
-        # generate rounds fp64 logits to fp32 scores: at most two units in the last place apart
-        torch.testing.assert_close(a, b, rtol=2**-22, atol=1e-10)
-
-
-def test_generation_of_a_left_padded_batch_is_that_of_each_prompt() -> None:
-    model = make_model().eval()
-    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    long, short = ids(1, 9, seed=1), ids(1, 4, seed=2)
-    batch = torch.cat([long, torch.cat([torch.zeros(1, 5, dtype=torch.long), short], 1)])
-    mask = torch.ones_like(batch)
-    mask[1, :5] = 0
-    together = model.generate(batch, attention_mask=mask, **settings)
-    assert torch.equal(together[0], model.generate(long, **settings)[0])
-    assert torch.equal(together[1, 5:], model.generate(short, **settings)[0])
+# the cache --------------------------------------------------------------------------------------
 
 
 def test_the_cache_can_be_fed_by_hand_with_losses() -> None:
