@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
+import logging
 import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +30,47 @@ from moe_emergence.presets import demo
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run under test: on the GPU, or on CPU tensors in the interpreter."""
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """A worker for each core, none where time is measured."""
+    if config.getoption("--benchmark-only", default=False):
+        return 0
+    return min(os.cpu_count() or 1, 8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits, for minutes on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Deprecations(logging.Handler):
+    """What dependencies log, rather than warn, about names that will go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message or "will be removed" in message:
+            self.messages.append(f"{record.name}: {message}")
+
+
+@pytest.fixture(autouse=True)
+def _no_logged_deprecations() -> Iterator[None]:
+    heard = Deprecations()
+    loggers = [logging.getLogger(n) for n in ("transformers", "accelerate", "datasets", "torch")]
+    for logger in loggers:
+        logger.addHandler(heard)
+    yield
+    for logger in loggers:
+        logger.removeHandler(heard)
+    assert not heard.messages, heard.messages
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def run_tests(mutation: Mutation | None, tests: tuple[str, ...]) -> str | None:
         if mutation is not None:
             mutation.apply(root)
         path = os.pathsep.join([str(root), str(root / "kernels")])
-        command = [sys.executable, "-m", "pytest", "-x", "-v", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-n0", "-x", "-v", "-p", "no:cacheprovider"]
         try:
             done = subprocess.run(
                 [*command, *tests],

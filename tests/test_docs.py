@@ -87,10 +87,11 @@ def after_module(words: list[str]) -> list[str]:
 
 def test_readme_has_exactly_the_two_set_up_commands() -> None:
     text = (REPOSITORY / "README.md").read_text("utf-8")
+    install = "pip install -e '.[test]' -c moe_emergence/constraints.txt"
     lines = [line.strip() for line in text.splitlines() if line.strip().startswith("pip install")]
     assert lines == [
-        "pip install -e '.[test]' && python -m moe_emergence.train --dispatch fused",
-        "pip install -e '.[test]' && pytest",
+        f"{install} && python -m moe_emergence.train --dispatch fused",
+        f"{install} && pytest",
     ]
 
 

@@ -145,7 +145,7 @@ def _logits_and_experts(name: str, output: Any) -> tuple[Tensor, Tensor]:
     if not tensors or not whole or tensors[0].ndim != 2 or whole[-1].ndim != 2:
         raise ValueError(
             f"router {name}: it returns {type(output).__name__}, not logits (T, E) and experts "
-            "(T, K); models of transformers 5.17 and later can be read"
+            "(T, K); transformers' own mixtures can be read"
         )
     return tensors[0].detach(), whole[-1].detach().long()
 

@@ -6,13 +6,11 @@ Parameters have GPT-2's names; a converted layer has `mlp.router` and `mlp.exper
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, GPT2PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -133,20 +131,21 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
         blocks = (m for m in self.modules() if isinstance(m, MoEGPT2Block))
         return {b.layer_idx: b.mlp for b in blocks if isinstance(b.mlp, MoELayer)}
 
-    def _set_gradient_checkpointing(  # type: ignore[override]  # it grows parameters by version
-        self,
-        enable: bool = True,
-        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
-        **options: Any,
+    def activation_checkpointing_enable(  # type: ignore[override]  # it grows parameters
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        # reentrant checkpointing cuts the gradient of everything a block returns beside its hidden
-        # states: the balance and z losses would silently train nothing
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+        """Recompute activations in the backward pass, see `PreTrainedModel`.
+
+        Raises:
+            ValueError: for reentrant checkpointing. It cuts the gradient of everything a block
+                returns beside its hidden states: the auxiliary losses would train nothing.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
-                "gradient_checkpointing_kwargs use_reentrant=True: it would drop the gradients of "
-                "the auxiliary losses; leave it out or give False"
+                "activation_checkpointing_kwargs use_reentrant=True: it would drop the gradients "
+                "of the auxiliary losses; leave it out or give False"
             )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **options)
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def set_dispatch(self, name: str, table: TuningTable | None = None) -> None:
         """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
