@@ -13,9 +13,12 @@ import tyro
 from rich.console import Console
 from rich.logging import RichHandler
 
+from moe_emergence.dependencies import untested_here
 from moe_emergence.errors import exit_code
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -63,4 +66,6 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     # a run has its own progress bar; those of every saved and loaded file would bury it
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
+    for dependency in untested_here():
+        logger.warning("%s", dependency)
     return exit_code(main, argv)

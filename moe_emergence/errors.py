@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable
 
+from moe_emergence.dependencies import raised_in
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
@@ -18,8 +20,9 @@ class RunError(RuntimeError):
 def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call `main(argv)` and turn its errors into one line on stderr and an exit code.
 
-    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`),
-    `INTERRUPTED` for Ctrl-C. With `--debug` the traceback is shown instead.
+    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`) and
+    for whatever is raised in the code of a dependency, `INTERRUPTED` for Ctrl-C. With `--debug` the
+    traceback is shown instead, as always for an error of our own.
     """
     try:
         return main(argv)
@@ -33,6 +36,12 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
         if "--debug" in argv:
             raise
         return _fail(str(error), 1)
+    except Exception as error:
+        package = raised_in(error)
+        if package is None or "--debug" in argv:
+            raise
+        kind = type(error).__name__
+        return _fail(f"{kind} in {package}: {error} (--debug shows where)", 1)
 
 
 def _fail(message: str, code: int) -> int:
