@@ -32,11 +32,22 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run under test: on the GPU, or on CPU tensors in the interpreter."""
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """A worker for each core, none where time is measured."""
-    if config.getoption("--benchmark-only", default=False):
-        return 0
-    return min(os.cpu_count() or 1, 8)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """A worker for each core where pytest-xdist is there, but none to debug or to measure in."""
+    alone = config.getoption("usepdb") or config.getoption("--benchmark-only", default=False)
+    is_worker = hasattr(config, "workerinput")
+    if config.getoption("numprocesses", default=0) is None and not alone and not is_worker:
+        config.option.numprocesses = min(os.cpu_count() or 1, 8)
+        config.option.dist = "worksteal"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The whole grid of compilations is for `-m grid` alone."""
+    if "grid" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("grid"):
+                item.add_marker(pytest.mark.skip(reason="compiled by pytest -m grid"))
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,8 @@ from moe_emergence.analysis.figures.subjects import (
 )
 from moe_emergence.analysis.tidy import read_tables, write_tables
 
+pytestmark = pytest.mark.slow
+
 
 def test_heatmaps_show_the_tables_numbers(tmp_path: Path) -> None:
     table = read_tables(write_analysis(tmp_path, runs=1))["similarity"]

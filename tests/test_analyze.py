@@ -18,6 +18,8 @@ from moe_emergence.errors import RunError
 from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.training.experiment import run_experiment
 
+pytestmark = pytest.mark.slow
+
 FEW = ("--permutations", "39", "--device", "cpu", "--max-tokens", "0")
 
 

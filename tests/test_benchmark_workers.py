@@ -17,6 +17,8 @@ from benchmarks.step_changes import main as step_changes
 from benchmarks.training_step import SETUPS, Setup
 from benchmarks.workers import Worker, take_turns
 
+pytestmark = pytest.mark.slow
+
 
 class Counter:
     """Counts the steps of every name in its own process."""

@@ -31,6 +31,8 @@ from benchmarks.training_step import MODELS
 from benchmarks.workloads import ROUTINGS, SHAPES, Case, Problem, choose_experts, make_problem
 from moe_emergence.moe import get_dispatcher
 
+pytestmark = pytest.mark.slow
+
 TINY = Case(SHAPES["tiny"], "zipf")
 
 # what a GPU machine may lack; the grid, the kernel tests and the layer tests must do without

@@ -20,6 +20,8 @@ from moe_emergence.experiments.suite_file import built_in
 from moe_emergence.presets import get_preset
 from moe_emergence.train import preset_name
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -20,6 +20,8 @@ from moe_emergence.moe.tuning import (
     save_table,
 )
 
+pytestmark = pytest.mark.slow
+
 SMALL = GemmConfig(16, 16, 16, warps=4, stages=1)
 PLAN = GemmPlan(SMALL, SMALL, SMALL, SMALL, SMALL)
 

@@ -11,6 +11,8 @@ from conftest import REPOSITORY
 import emergence_kernels
 import moe_emergence
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

@@ -11,6 +11,8 @@ from analysis_folders import HOSTILE, write_analysis
 
 from moe_emergence.analysis.report import write_report
 
+pytestmark = pytest.mark.slow
+
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",

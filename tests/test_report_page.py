@@ -12,6 +12,8 @@ from analysis_folders import HOSTILE, write_analysis
 
 from moe_emergence.analysis.report import write_report
 
+pytestmark = pytest.mark.slow
+
 
 def payload(page: str) -> dict[str, object]:
     packed = re.search(r'id="payload-gz">([^<]+)<', page)

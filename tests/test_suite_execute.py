@@ -22,6 +22,8 @@ from moe_emergence.experiments.plan import PlannedRun, plan_runs
 from moe_emergence.experiments.suite_file import load_suite
 from moe_emergence.models import MoEGPT2Config, MoEGPT2LMHeadModel
 
+pytestmark = pytest.mark.slow
+
 TINY = Path(__file__).parent / "tiny_suite.toml"
 
 STAND_IN = """

@@ -30,6 +30,8 @@ from moe_emergence.experiments.specialisation import (
 )
 from moe_emergence.training.collapse import CollapseDetector
 
+pytestmark = pytest.mark.slow
+
 FEW = Resampling(permutations=39, bootstrap=20)
 
 

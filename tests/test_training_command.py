@@ -17,6 +17,8 @@ from moe_emergence import generate
 from moe_emergence.config import DOMAINS
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TRAIN = ("-m", "moe_emergence.train")
 

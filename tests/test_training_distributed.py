@@ -12,8 +12,12 @@ from conftest import command_environment, flags_of
 from safetensors.torch import load_file
 
 from moe_emergence.config import RunConfig
+from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.train import main as train_command
 from moe_emergence.training.launch import missing_processes
+
+pytestmark = pytest.mark.slow
 
 # A step sees 8 sequences in every one of them: (batch size, accumulation, processes)
 ONE, TWO_HALVES, TWO_QUARTERS = (8, 1, 1), (4, 1, 2), (2, 2, 2)
@@ -26,14 +30,13 @@ def train(config: RunConfig, split: tuple[int, int, int], *more: str) -> RunFold
         *("--batch-size", str(batch_size), "--grad-accum-steps", str(accumulation)),
         *more,
     ]
-    launch = ["-m", "moe_emergence.train"]
-    if processes > 1:
-        launch = [
-            *("-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"),
-            *("-m", "moe_emergence.train"),
-        ]
+    folder = RunFolder(Path(config.output_dir) / config.run_name)
+    if processes == 1:
+        assert exit_code(train_command, flags) == 0
+        return folder
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
     done = subprocess.run(
-        [sys.executable, *launch, *flags],
+        [sys.executable, *launch, "-m", "moe_emergence.train", *flags],
         cwd=Path(config.output_dir).parent,
         env=command_environment(),
         capture_output=True,
@@ -42,7 +45,7 @@ def train(config: RunConfig, split: tuple[int, int, int], *more: str) -> RunFold
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return RunFolder(Path(config.output_dir) / config.run_name)
+    return folder
 
 
 def assert_equal_runs(one: RunFolder, other: RunFolder) -> None:

@@ -16,6 +16,8 @@ from moe_emergence.config import RunConfig
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 from moe_emergence.training.experiment import run_experiment
 
+pytestmark = pytest.mark.slow
+
 Change = Callable[[RunConfig], RunConfig]
 
 VARIANTS: dict[str, Change] = {

@@ -24,6 +24,8 @@ from moe_emergence.command import run
 from moe_emergence.moe import Experts, RouterDecision, get_dispatcher
 from moe_emergence.verify import main
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 DTYPES = available_dtypes(CPU)
 NAMED = {(case.name, case.activation): case for case in grid(CPU)}
