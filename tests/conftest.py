@@ -40,6 +40,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.getoption("numprocesses", default=0) is None and not alone and not is_worker:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
         config.option.dist = "worksteal"
+        config.option.benchmark_disable = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -91,6 +91,7 @@ def test_zstandard_works_or_says_what_to_install(folder: Path) -> None:
     assert sorted(read(folder)["code"].texts) == sorted(DOCUMENTS["code"])
 
 
+@pytest.mark.slow
 def test_parquet_in_a_sub_folder(folder: Path) -> None:
     (folder / "code.jsonl").unlink()
     (folder / "code").mkdir()

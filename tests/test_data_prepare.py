@@ -174,6 +174,7 @@ def run_isolated(code: str, tmp_path: Path, **environment: str) -> subprocess.Co
     return result
 
 
+@pytest.mark.slow
 def test_nothing_is_written_outside_the_cache_folder(folder: Path, tmp_path: Path) -> None:
     code = f"""
 from moe_emergence.config import DataConfig
@@ -230,6 +231,7 @@ assert not heavy, heavy
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_shared_folder_with_the_gpt2_tokenizer(tmp_path: Path) -> None:
     if not SHARED.is_dir():
         pytest.skip("needs the real text in ../shared/data, which is not here")

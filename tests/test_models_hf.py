@@ -334,6 +334,7 @@ def test_save_and_load_is_bitwise(tmp_path, router, bias) -> None:
         assert torch.equal(loaded(ids()).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_through_auto_in_a_fresh_process(tmp_path) -> None:
     make_model().save_pretrained(tmp_path)
     program = (

@@ -678,6 +678,7 @@ def test_without_megablocks_the_error_says_what_to_install(missing, monkeypatch)
         MoELayer(4, 4, 2, 1, dispatch="megablocks")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modules", "absent"),
     [

@@ -23,7 +23,13 @@ pytestmark = pytest.mark.slow
 ONE, TWO_HALVES, TWO_QUARTERS = (8, 1, 1), (4, 1, 2), (2, 2, 2)
 
 
-def train(config: RunConfig, split: tuple[int, int, int], *more: str) -> RunFolder:
+ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # starts sooner
+
+
+def train(
+    config: RunConfig, split: tuple[int, int, int], *more: str, launch: list[str] = TORCHRUN
+) -> RunFolder:
     batch_size, accumulation, processes = split
     flags = [
         *flags_of(config),
@@ -34,7 +40,6 @@ def train(config: RunConfig, split: tuple[int, int, int], *more: str) -> RunFold
     if processes == 1:
         assert exit_code(train_command, flags) == 0
         return folder
-    launch = ["-m", "accelerate.commands.launch", "--num_processes", str(processes), "--cpu"]
     done = subprocess.run(
         [sys.executable, *launch, "-m", "moe_emergence.train", *flags],
         cwd=Path(config.output_dir).parent,
@@ -76,7 +81,7 @@ def noisy_config(tiny_config: RunConfig) -> RunConfig:
 
 def test_two_processes_equal_one(noisy_config: RunConfig) -> None:
     one = train(replace(noisy_config, run_name="one"), ONE)
-    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES)
+    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES, launch=ACCELERATE)
     assert_equal_runs(one, halves)
     quarters = train(replace(noisy_config, run_name="quarters"), TWO_QUARTERS)
     assert_equal_runs(one, quarters)

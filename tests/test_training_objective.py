@@ -229,6 +229,7 @@ print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator of glibc is what is set")
 def test_freed_memory_is_used_again() -> None:
     def faults(how: str) -> tuple[int, int]:
