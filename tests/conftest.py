@@ -39,7 +39,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     is_worker = hasattr(config, "workerinput")
     if config.getoption("numprocesses", default=0) is None and not alone and not is_worker:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
-        config.option.dist = "worksteal"
+        config.option.dist = "loadfile"  # fixtures of a file are made once
         config.option.benchmark_disable = True
 
 
@@ -165,6 +165,10 @@ def flags_of(config: RunConfig) -> list[str]:
     return flags
 
 
+ACCELERATE = ("accelerate", "launch", "--num_processes", "2", "--cpu")
+TORCHRUN = ("torchrun", "--standalone", "--nproc-per-node", "2")
+"""The launchers as the documents show them; test_training_distributed.py starts both."""
+
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -194,7 +198,12 @@ def command(tmp_path: Path) -> Command:
 def command_environment() -> dict[str, str]:
     """The environment for a subprocess: the package importable from any folder, one thread."""
     path = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "kernels")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {**alone(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
+def alone() -> dict[str, str]:
+    """The environment without what makes a pytest started in it take itself for a worker."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import command_environment, flags_of
+from conftest import ACCELERATE, TORCHRUN, command_environment, flags_of
 from safetensors.torch import load_file
 
 from moe_emergence.config import RunConfig
@@ -23,12 +23,14 @@ pytestmark = pytest.mark.slow
 ONE, TWO_HALVES, TWO_QUARTERS = (8, 1, 1), (4, 1, 2), (2, 2, 2)
 
 
-ACCELERATE = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]  # starts sooner
+LAUNCHERS = {
+    "accelerate": "accelerate.commands.accelerate_cli",
+    "torchrun": "torch.distributed.run",
+}
 
 
 def train(
-    config: RunConfig, split: tuple[int, int, int], *more: str, launch: list[str] = TORCHRUN
+    config: RunConfig, split: tuple[int, int, int], *more: str, launcher: tuple[str, ...] = TORCHRUN
 ) -> RunFolder:
     batch_size, accumulation, processes = split
     flags = [
@@ -41,7 +43,15 @@ def train(
         assert exit_code(train_command, flags) == 0
         return folder
     done = subprocess.run(
-        [sys.executable, *launch, "-m", "moe_emergence.train", *flags],
+        [
+            sys.executable,
+            "-m",
+            LAUNCHERS[launcher[0]],
+            *launcher[1:],
+            "-m",
+            "moe_emergence.train",
+            *flags,
+        ],
         cwd=Path(config.output_dir).parent,
         env=command_environment(),
         capture_output=True,
@@ -81,7 +91,7 @@ def noisy_config(tiny_config: RunConfig) -> RunConfig:
 
 def test_two_processes_equal_one(noisy_config: RunConfig) -> None:
     one = train(replace(noisy_config, run_name="one"), ONE)
-    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES, launch=ACCELERATE)
+    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES, launcher=ACCELERATE)
     assert_equal_runs(one, halves)
     quarters = train(replace(noisy_config, run_name="quarters"), TWO_QUARTERS)
     assert_equal_runs(one, quarters)
