@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from moe_emergence import suite
 from moe_emergence.analysis.routing_record import read_routing, record_routing, save_routing
-from moe_emergence.errors import RunError
+from moe_emergence.errors import RunError, exit_code
 from moe_emergence.experiments.execute import Execution, RunState, execute, is_complete
 from moe_emergence.experiments.live import read_progress
 from moe_emergence.experiments.plan import PlannedRun, plan_runs
@@ -213,7 +214,9 @@ def run_command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command_runs_a_suite_from_end_to_end(tmp_path: Path) -> None:
+def test_the_command_runs_a_suite_from_end_to_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--out", "suite", "--jobs", "2", "--only", "moe")
     done = run_command("run", str(TINY), *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -236,10 +239,10 @@ def test_the_command_runs_a_suite_from_end_to_end(tmp_path: Path) -> None:
         assert float(values["fraction"]) == pytest.approx(
             np.mean(chosen == int(values["expert"])), abs=1e-6
         )
-    report = run_command("report", str(TINY), "--out", "suite", cwd=tmp_path)
-    assert report.returncode == 0, report.stderr
+    out = str(tmp_path / "suite")
+    assert exit_code(suite.main, ["report", str(TINY), "--out", out]) == 0
     table = (tmp_path / "suite" / "tables" / "specialisation.csv").read_text().splitlines()
     assert table[1].startswith("moe,0,learned,8,1")
-    wrong = run_command("run", str(TINY), "--out", "suite", "--budget", "1", cwd=tmp_path)
-    assert wrong.returncode == 2
-    assert wrong.stderr.count("\n") == 1
+    capsys.readouterr()
+    assert exit_code(suite.main, ["run", str(TINY), "--out", out, "--budget", "1"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

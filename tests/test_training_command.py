@@ -13,8 +13,9 @@ import pytest
 from conftest import command_environment
 from safetensors import safe_open
 
-from moe_emergence import generate
+from moe_emergence import generate, train
 from moe_emergence.config import DOMAINS
+from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
 pytestmark = pytest.mark.slow
@@ -192,7 +193,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
 ) -> None:
     """A limit on file size stands for the full disk: it lets the base through, not the mixture."""
     resource = pytest.importorskip("resource", reason="file size limits are a POSIX feature")
-    assert command(*TRAIN, *tiny_flags, "--stop-after", "3").returncode == 0
+    assert exit_code(train.main, [*tiny_flags, "--stop-after", "3"]) == 0
     run = RunFolder(tmp_path / "runs" / "tiny")
     weights = (run.checkpoint(3) / "model.safetensors").stat().st_size
 
@@ -210,8 +211,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(
     assert [p.name for p in run.checkpoints.iterdir()] == ["step-000003"]
     with safe_open(run.best_model / "model.safetensors", "pt") as file:
         assert list(file.keys())
-    done = command(*TRAIN, *tiny_flags, "--resume", "auto")
-    assert done.returncode == 0, done.stderr
+    assert exit_code(train.main, [*tiny_flags, "--resume", "auto"]) == 0
 
 
 def test_nan_loss_stops_with_advice_and_keeps_the_checkpoint(
