@@ -1,7 +1,5 @@
 """The operators against their plain-torch twins and against loops."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -14,15 +12,6 @@ from emergence_kernels.activations import activate, activate_backward, pre_activ
 from emergence_kernels.grouped_gemm import grouped_sum, rows_of_experts
 
 ACTIVATIONS = ("gelu_tanh", "swiglu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def close(ours: torch.Tensor | None, theirs: torch.Tensor | None, tolerance: float = 1e-10) -> None:

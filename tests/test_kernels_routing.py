@@ -1,7 +1,7 @@
 """Routing and sorting: the operators and their Triton kernels against their twins."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -16,14 +16,6 @@ from emergence_kernels import Routing, reference
 FP32, FP64 = torch.float32, torch.float64
 # results of `route` that have a gradient, by their place
 GRADIENTS = {"probs": 0, "noisy": 1, "weights": 3, "logsumexp": 4, "prob_sums": 6, "z_sum": 7}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def poisoned() -> "mock._patch":

@@ -8,7 +8,6 @@ import importlib.machinery
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -38,15 +37,6 @@ from moe_emergence.moe import (
 )
 
 ACTIVATIONS = ("gelu_tanh", "swiglu")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_experts(
