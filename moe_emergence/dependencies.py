@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
-from packaging.version import Version
+if TYPE_CHECKING:
+    from packaging.version import Version
 
 OURS = ("moe_emergence", "emergence_kernels")
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
@@ -20,10 +20,10 @@ class Untested:
     """A dependency outside the versions that were tested."""
 
     name: str
-    installed: Version
+    installed: "Version"
     allowed: str
     """What pyproject.toml allows, as ">=5.24,<6"."""
-    tested: Version
+    tested: "Version"
     """The version in constraints.txt."""
 
     def __str__(self) -> str:
@@ -45,6 +45,11 @@ def untested(
         constraints: text of a pip constraints file of exact versions.
         installed: version by canonical name; what is not there is not judged.
     """
+    # here and not above: `verify` runs where torch and Triton alone are installed
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+    from packaging.version import Version
+
     tested = {}
     for line in constraints.splitlines():
         if line and not line.startswith("#"):
@@ -68,6 +73,9 @@ def untested(
 
 def untested_here() -> list[Untested]:
     """`untested` of this installation; nothing for sources that were never installed."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
     try:
         requirements = metadata.requires("moe-emergence") or []
     except metadata.PackageNotFoundError:

@@ -125,6 +125,11 @@ def test_an_error_of_our_own_keeps_its_traceback(main) -> None:
     assert raised_in(caught.value) is None
 
 
+def test_the_certificate_needs_no_packaging(command: Command) -> None:
+    done = command("-c", "import sys; sys.modules['packaging'] = None; import moe_emergence.verify")
+    assert done.returncode == 0, done.stderr
+
+
 def test_train_warns_and_goes_on(command: Command, tmp_path) -> None:
     """A newer release, as an installed package of that name and version says it."""
     folder = tmp_path / "newer" / "tyro-1.999.0.dist-info"
