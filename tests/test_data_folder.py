@@ -3,6 +3,7 @@ import gzip
 import json
 import lzma
 import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,6 +21,10 @@ DOCUMENTS = {
 def jsonl(texts: list[str], field: str = "text") -> bytes:
     rows = [{field: text, "number": i} for i, text in enumerate(texts)]
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+# an equal file at any time: a test's name holds its bytes, and every worker must find the same names
+gzipped = partial(gzip.compress, mtime=0)
 
 
 def parquet(path: Path, texts: list[str]) -> None:
@@ -59,7 +64,7 @@ def refused(folder: Path, message: str, **options) -> str:
     ("name", "content"),
     [
         ("code.jsonl", jsonl(DOCUMENTS["code"])),
-        ("code.jsonl.gz", gzip.compress(jsonl(DOCUMENTS["code"]))),
+        ("code.jsonl.gz", gzipped(jsonl(DOCUMENTS["code"]))),
         ("code.jsonl.xz", lzma.compress(jsonl(DOCUMENTS["code"]))),
         ("code.jsonl.bz2", bz2.compress(jsonl(DOCUMENTS["code"]))),
         ("code.json", json.dumps([{"text": t} for t in DOCUMENTS["code"]]).encode()),
@@ -192,7 +197,7 @@ def test_a_sub_folder_must_hold_one_format(folder: Path) -> None:
     [
         ("code.jsonl", b""),
         ("code.jsonl", b"\n\n"),
-        ("code.jsonl.gz", gzip.compress(b"")),
+        ("code.jsonl.gz", gzipped(b"")),
         ("code.jsonl.xz", lzma.compress(b"")),
         ("code.json", b"[]"),
         ("code/a.txt", b""),
@@ -207,9 +212,9 @@ def test_an_empty_file_is_refused(folder: Path, name: str, content: bytes | None
 
 
 def test_an_empty_part_does_not_end_reading(folder: Path) -> None:
-    replace_code(folder, "code/a.jsonl.gz", gzip.compress(b""))
-    (folder / "code" / "b.jsonl.gz").write_bytes(gzip.compress(jsonl(DOCUMENTS["code"])))
-    (folder / "code" / "c.jsonl.gz").write_bytes(gzip.compress(b""))
+    replace_code(folder, "code/a.jsonl.gz", gzipped(b""))
+    (folder / "code" / "b.jsonl.gz").write_bytes(gzipped(jsonl(DOCUMENTS["code"])))
+    (folder / "code" / "c.jsonl.gz").write_bytes(gzipped(b""))
     for seed in range(4):
         assert len(read(folder, seed=seed)["code"].texts) == len(DOCUMENTS["code"])
 
@@ -229,8 +234,8 @@ LONG = jsonl(DOCUMENTS["code"] * 20)
         ("code.jsonl.xz", lzma.compress(LONG)[:-40]),
         ("code.jsonl.xz", lzma.compress(LONG)[:200] + b"\0" * 200),
         ("code.jsonl.xz", b"junk" * 50),
-        ("code.jsonl.gz", gzip.compress(LONG)[:-40]),
-        ("code.jsonl.gz", gzip.compress(LONG)[:200] + b"\0" * 200),
+        ("code.jsonl.gz", gzipped(LONG)[:-40]),
+        ("code.jsonl.gz", gzipped(LONG)[:200] + b"\0" * 200),
         ("code.jsonl.gz", b"junk" * 50),
         ("code.jsonl.bz2", bz2.compress(LONG)[:-40]),
         ("code.jsonl.bz2", b"junk" * 50),
