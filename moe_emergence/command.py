@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -66,6 +67,7 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
     # a run has its own progress bar; those of every saved and loaded file would bury it
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-    for dependency in untested_here():
-        logger.warning("%s", dependency)
+    if os.environ.get("RANK", "0") == "0":
+        for dependency in untested_here():
+            logger.warning("%s", dependency)
     return exit_code(main, argv)

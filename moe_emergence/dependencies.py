@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 OURS = ("moe_emergence", "emergence_kernels")
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
+PACKAGES = frozenset({"site-packages", "dist-packages"})
+"""Folders of installed packages: the interpreter's, the user's, Debian's."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +100,11 @@ def raised_in(error: BaseException) -> str | None:
     if isinstance(error, ImportError) and error.name:
         return _distribution(error.name.partition(".")[0])
     frames = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
-    packages = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     library = Path(sysconfig.get_path("stdlib"))
     for path in map(Path, reversed(frames)):
-        for folder in packages:
-            if path.is_relative_to(folder):
-                return _distribution(path.relative_to(folder).parts[0].removesuffix(".py"))
+        if installed := PACKAGES.intersection(path.parts):
+            module = path.parts[path.parts.index(max(installed)) + 1]
+            return _distribution(module.removesuffix(".py"))
         if not path.is_relative_to(library) and not str(path).startswith("<"):
             return None
     return None

@@ -133,6 +133,18 @@ UP_PROJECTION = [
         "b1_ptr + expert * P + column % F",
     ),
     Mutation(
+        "up-halves-of-a-tile-in-the-wrong-order",
+        "gpu/up_projection.py",
+        "left, right = halves(pre)",
+        "right, left = halves(pre)",
+    ),
+    Mutation(
+        "up-halves-of-the-up-tile-in-the-wrong-order",
+        "gpu/up_projection.py",
+        "up_left, up_right = halves(up) if GATED",
+        "up_right, up_left = halves(up) if GATED",
+    ),
+    Mutation(
         "up-SwiGLU-halves-swapped",
         "gpu/up_projection.py",
         "silu(pre)[0] * up",
@@ -302,10 +314,10 @@ ACTIVATION_GRADIENT = [
         "dscale_ptr + row",
     ),
     Mutation(
-        "through-quarters-of-a-tile-in-the-wrong-order",
+        "through-halves-of-a-tile-in-the-wrong-order",
         "gpu/activation_gradient.py",
-        "left if half == 0 else right",
-        "right if half == 0 else left",
+        "left, right = halves(dact)",
+        "right, left = halves(dact)",
     ),
 ]
 WEIGHT_GRADIENT = [

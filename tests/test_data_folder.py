@@ -23,7 +23,7 @@ def jsonl(texts: list[str], field: str = "text") -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-# an equal file at any time: a test's name holds its bytes, and every worker must find the same names
+# equal bytes at any time: they are in the tests' names, which all workers have to agree on
 gzipped = partial(gzip.compress, mtime=0)
 
 

@@ -3,6 +3,7 @@
 import json
 import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pandas
 import pytest
@@ -116,6 +117,15 @@ def test_a_dependency_that_fails_is_one_line(main, capsys: pytest.CaptureFixture
     assert "--debug" in printed
     with pytest.raises((KeyError, ImportError)):
         exit_code(main, ["--debug"])
+
+
+@pytest.mark.parametrize("packages", ["site-packages", "dist-packages"])
+def test_a_package_of_the_user_or_of_the_system_counts(packages: str, tmp_path: Path) -> None:
+    source = tmp_path / "lib" / packages / "pandas" / "io.py"
+    raising = compile("raise KeyError('theirs')", str(source), "exec")
+    with pytest.raises(KeyError) as caught:
+        exec(raising)
+    assert raised_in(caught.value) == f"pandas {metadata.version('pandas')}"
 
 
 @pytest.mark.parametrize("main", [of_ours, of_ours_in_the_standard_library])

@@ -24,6 +24,7 @@ from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.tiles import (
     expert_tiles,
     grouped_order,
+    halves,
     locate_tile,
     multiply_rows,
     tile_bound,
@@ -45,14 +46,6 @@ class ActivationGradient(NamedTuple):
 
 
 @triton.jit
-def _halves(tile):
-    """The left and the right columns of a tile; an epilogue on half needs half the registers."""
-    ROWS: tl.constexpr = tile.shape[0]
-    COLUMNS: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _through_activation(
     dact,  # (BLOCK_M, columns) fp32: a part of dA'
     pre_ptr,  # (S, P) pre-activations
@@ -63,15 +56,31 @@ def _through_activation(
     tile_m,
     row,  # (BLOCK_M,) sorted rows, those from `end` on are another expert's
     end,
-    column,  # (columns,) of F
+    first_column,  # of F
     F: tl.constexpr,
     GATED: tl.constexpr,
     WANT_PRE: tl.constexpr,
     WANT_BIAS: tl.constexpr,
     WANT_ACT: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Write the part's gradients and activations; `<dA', A>` of every row, (BLOCK_M,) fp32."""
+    """Write the gradients and activations of the columns; `<dA', A>` of every row, (BLOCK_M,) fp32.
+
+    More than PART elements are halved until they are few enough for the registers.
+    """
+    COLUMNS: tl.constexpr = dact.shape[1]
+    if dact.shape[0] * COLUMNS > PART:
+        left, right = halves(dact)
+        share = _through_activation(
+            left, pre_ptr, dpre_ptr, db1_ptr, scaled_act_ptr, scale, tile_m, row, end, first_column,
+            F, GATED, WANT_PRE, WANT_BIAS, WANT_ACT, PART,
+        )  # fmt: skip
+        return share + _through_activation(
+            right, pre_ptr, dpre_ptr, db1_ptr, scaled_act_ptr, scale, tile_m, row, end,
+            first_column + COLUMNS // 2, F, GATED, WANT_PRE, WANT_BIAS, WANT_ACT, PART,
+        )  # fmt: skip
     P: tl.constexpr = 2 * F if GATED else F
+    column = first_column + tl.arange(0, COLUMNS)
     inside = (row < end)[:, None] & (column < F)[None, :]
     wide_row = row.to(tl.int64)[:, None]
     pre_offsets = wide_row * P + column[None, :]
@@ -129,6 +138,7 @@ def _activation_gradient_bwd_kernel(
     WANT_BIAS: tl.constexpr,
     WANT_ACT: tl.constexpr,
     WANT_SCALE: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     E_PAD: tl.constexpr,
@@ -158,17 +168,10 @@ def _activation_gradient_bwd_kernel(
                 BLOCK_K, PRECISION,
             )  # fmt: skip
         scale = tl.load(weights_ptr + slot, mask=row < end, other=0.0).to(tl.float32)
-        left, right = _halves(dact)
-        share = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for half in tl.static_range(2):
-            quarters = _halves(left if half == 0 else right)
-            for quarter in tl.static_range(2):
-                first_column = tile_n * BLOCK_N + half * (BLOCK_N // 2) + quarter * (BLOCK_N // 4)
-                share += _through_activation(
-                    quarters[quarter], pre_ptr, dpre_ptr, db1_ptr, scaled_act_ptr, scale, tile_m,
-                    row, end, first_column + tl.arange(0, BLOCK_N // 4),
-                    F, GATED, WANT_PRE, WANT_BIAS, WANT_ACT,
-                )  # fmt: skip
+        share = _through_activation(
+            dact, pre_ptr, dpre_ptr, db1_ptr, scaled_act_ptr, scale, tile_m, row, end,
+            tile_n * BLOCK_N, F, GATED, WANT_PRE, WANT_BIAS, WANT_ACT, PART,
+        )  # fmt: skip
         if WANT_SCALE:
             dscale_ptrs = dscale_ptr + tile_n.to(tl.int64) * num_rows + row
             tl.store(dscale_ptrs, share, mask=row < end)
@@ -226,6 +229,7 @@ def activation_gradient(
         WANT_BIAS=want_bias,
         WANT_ACT=want_act,
         WANT_SCALE=want_scale,
+        PART=256 * config.warps,
         PRECISION=precision,
         TMA=tma,
         E_PAD=triton.next_power_of_2(num_experts),

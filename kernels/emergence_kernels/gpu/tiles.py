@@ -79,3 +79,11 @@ def multiply_rows(
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * STRIDE_K
     return accumulator
+
+
+@triton.jit
+def halves(tile):
+    """The left and the right columns of a tile; an epilogue on half needs half the registers."""
+    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))

@@ -16,6 +16,7 @@ from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.tiles import (
     expert_tiles,
     grouped_order,
+    halves,
     locate_tile,
     multiply_rows,
     tile_bound,
@@ -42,6 +43,55 @@ def _product(
 
 
 @triton.jit
+def _activate(
+    pre,  # (BLOCK_M, columns) fp32: a part of the product, of its gate if GATED
+    up,  # (BLOCK_M, columns) fp32: the same part of the other half, read if GATED
+    b1_ptr,  # (E, P), read if HAS_BIAS
+    expert,
+    pre_ptr,  # (S, P) out
+    act_ptr,  # (S, F) out
+    row,  # (BLOCK_M,) sorted rows, those from `end` on are another expert's
+    end,
+    first_column,  # of F
+    F: tl.constexpr,
+    GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PART: tl.constexpr,
+):
+    """Add the bias and write pre-activations and activations, at most PART elements at a time."""
+    COLUMNS: tl.constexpr = pre.shape[1]
+    if pre.shape[0] * COLUMNS > PART:
+        left, right = halves(pre)
+        up_left, up_right = halves(up) if GATED else (left, right)
+        _activate(
+            left, up_left, b1_ptr, expert, pre_ptr, act_ptr, row, end, first_column, F, GATED,
+            HAS_BIAS, PART,
+        )  # fmt: skip
+        _activate(
+            right, up_right, b1_ptr, expert, pre_ptr, act_ptr, row, end,
+            first_column + COLUMNS // 2, F, GATED, HAS_BIAS, PART,
+        )  # fmt: skip
+    else:
+        P: tl.constexpr = 2 * F if GATED else F
+        column = first_column + tl.arange(0, COLUMNS)
+        inside = (row < end)[:, None] & (column < F)[None, :]
+        wide_row = row.to(tl.int64)[:, None]
+        pre_ptrs = pre_ptr + wide_row * P + column[None, :]
+        if HAS_BIAS:
+            pre += tl.load(b1_ptr + expert * P + column % F)[None, :].to(tl.float32)
+        tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=inside)
+        if GATED:
+            if HAS_BIAS:
+                up += tl.load(b1_ptr + expert * P + F + column % F)[None, :].to(tl.float32)
+            tl.store(pre_ptrs + F, up.to(pre_ptr.dtype.element_ty), mask=inside)
+            act = silu(pre)[0] * up
+        else:
+            act = gelu_tanh(pre)[0]
+        act_ptrs = act_ptr + wide_row * F + column[None, :]
+        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _up_projection_fwd_kernel(
     x_ptr,  # (T, H) tokens, rows STRIDE_X apart
     token_idx_ptr,  # (S,) int64: the token of every sorted row
@@ -56,6 +106,7 @@ def _up_projection_fwd_kernel(
     STRIDE_X: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PART: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     E_PAD: tl.constexpr,
@@ -73,31 +124,21 @@ def _up_projection_fwd_kernel(
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
         row = first + tl.arange(0, BLOCK_M)
-        column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         token = tl.load(token_idx_ptr + row, mask=row < end, other=0)
         pre = _product(
             x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, BLOCK_N, BLOCK_K,
             PRECISION, TMA,
         )  # fmt: skip
-        if HAS_BIAS:
-            pre += tl.load(b1_ptr + expert * P + column % F)[None, :].to(tl.float32)
-        inside = (row < end)[:, None] & (column < F)[None, :]
-        wide_row = row.to(tl.int64)[:, None]
-        pre_ptrs = pre_ptr + wide_row * P + column[None, :]
-        tl.store(pre_ptrs, pre.to(pre_ptr.dtype.element_ty), mask=inside)
+        up = pre
         if GATED:
             up = _product(
                 x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, BLOCK_N,
                 BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
-            if HAS_BIAS:
-                up += tl.load(b1_ptr + expert * P + F + column % F)[None, :].to(tl.float32)
-            tl.store(pre_ptrs + F, up.to(pre_ptr.dtype.element_ty), mask=inside)
-            act = silu(pre)[0] * up
-        else:
-            act = gelu_tanh(pre)[0]
-        act_ptrs = act_ptr + wide_row * F + column[None, :]
-        tl.store(act_ptrs, act.to(act_ptr.dtype.element_ty), mask=inside)
+        _activate(
+            pre, up, b1_ptr, expert, pre_ptr, act_ptr, row, end, tile_n * BLOCK_N, F, GATED,
+            HAS_BIAS, PART,
+        )  # fmt: skip
 
 
 def up_projection(
@@ -136,6 +177,7 @@ def up_projection(
         STRIDE_X=x_TH.stride(0),
         GATED=activation == "swiglu",
         HAS_BIAS=b1_EP is not None,
+        PART=256 * config.warps,
         PRECISION=precision,
         TMA=tma,
         E_PAD=triton.next_power_of_2(num_experts),
