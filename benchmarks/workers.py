@@ -4,7 +4,6 @@ A worker builds what it measures once and then answers requests over a pipe; bet
 waits, so only one works at a time.
 """
 
-import multiprocessing
 import resource
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.stopwatch import MAX_ROUNDS, MIN_ROUNDS, Samples, synchronize
+from emergence_kernels.processes import warm_processes
 
 
 class Measured(Protocol):
@@ -42,7 +42,7 @@ class Worker:
     """
 
     def __init__(self, device: str, build: Callable[..., Measured], *arguments: object) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = warm_processes(__name__, build.__module__)
         self._pipe, end = context.Pipe()
         threads = torch.get_num_threads()
         self._process = context.Process(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counter import Counter
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,25 +19,6 @@ from benchmarks.training_step import SETUPS, Setup
 from benchmarks.workers import Worker, take_turns
 
 pytestmark = pytest.mark.slow
-
-
-class Counter:
-    """Counts the steps of every name in its own process."""
-
-    def __init__(self, start: int) -> None:
-        if start < 0:
-            raise ValueError("cannot be built")
-        self.count = start
-
-    def look(self, name: str) -> tuple[int, int]:
-        return os.getpid(), self.count
-
-    def step(self, name: str) -> None:
-        if name == "bad":
-            raise ArithmeticError("a step went wrong")
-        if name == "crash":
-            os._exit(3)
-        self.count += 1
 
 
 def test_works_take_turns_in_their_own_processes() -> None:

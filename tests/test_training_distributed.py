@@ -1,5 +1,7 @@
 """Two processes train what one process trains: losses, routing statistics and weights."""
 
+import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ import torch
 from conftest import ACCELERATE, TORCHRUN, command_environment, flags_of
 from safetensors.torch import load_file
 
+from emergence_kernels.processes import warm_processes
 from moe_emergence.config import RunConfig
 from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
@@ -29,8 +32,35 @@ LAUNCHERS = {
 }
 
 
+def one_of_two(flags: list[str], rank: int, port: int) -> None:
+    """What torchrun's processes do, in one of ours."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torch.set_num_threads(1)
+    sys.exit(exit_code(train_command, flags))
+
+
+def run_two(flags: list[str]) -> None:
+    """Both processes without a launcher, whose imports are all of the time that it takes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = warm_processes("moe_emergence.train")
+    both = [context.Process(target=one_of_two, args=(flags, rank, port)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(300)
+        process.kill()
+    assert [process.exitcode for process in both] == [0, 0]
+
+
 def train(
-    config: RunConfig, split: tuple[int, int, int], *more: str, launcher: tuple[str, ...] = TORCHRUN
+    config: RunConfig,
+    split: tuple[int, int, int],
+    *more: str,
+    launcher: tuple[str, ...] | None = None,
 ) -> RunFolder:
     batch_size, accumulation, processes = split
     flags = [
@@ -41,6 +71,9 @@ def train(
     folder = RunFolder(Path(config.output_dir) / config.run_name)
     if processes == 1:
         assert exit_code(train_command, flags) == 0
+        return folder
+    if launcher is None:
+        run_two(flags)
         return folder
     done = subprocess.run(
         [
@@ -93,7 +126,7 @@ def test_two_processes_equal_one(noisy_config: RunConfig) -> None:
     one = train(replace(noisy_config, run_name="one"), ONE)
     halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES, launcher=ACCELERATE)
     assert_equal_runs(one, halves)
-    quarters = train(replace(noisy_config, run_name="quarters"), TWO_QUARTERS)
+    quarters = train(replace(noisy_config, run_name="quarters"), TWO_QUARTERS, launcher=TORCHRUN)
     assert_equal_runs(one, quarters)
     assert read_json(halves.environment)["processes"] == 2
 

@@ -1,7 +1,6 @@
 """Every case in every arithmetic through every path, judged; and the certificate that results."""
 
 import contextlib
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -9,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from emergence_kernels.processes import warm_processes
 from moe_emergence.certificate.arithmetic import Arithmetic, DtypeName, get_arithmetic
 from moe_emergence.certificate.cases import Case
 from moe_emergence.certificate.judge import ENOUGH, Draw, Verdict, judge
@@ -86,8 +86,7 @@ def certify(
             rows += _compare_alone(paths, *task)
             advance(1)
     else:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
+        with ProcessPoolExecutor(jobs, mp_context=warm_processes(__name__)) as pool:
             shares = [pool.submit(_compare_by_name, tuple(paths), *task) for task in tasks]
             for share in shares:
                 rows += share.result()

@@ -10,7 +10,6 @@ compile, or misses Hopper's matrix instruction; 2 for flags that cannot be used.
 import argparse
 import itertools
 import json
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -34,6 +33,7 @@ from emergence_kernels.gpu.recording import (
     product_of,
 )
 from emergence_kernels.gpu.resource_tables import csv_table, replace_table, summary_table
+from emergence_kernels.processes import warm_processes
 
 Which = Literal["default", "all"]
 
@@ -137,8 +137,7 @@ def compile_all(
 ) -> list[Row]:
     """Compile in `jobs` processes; `progress` sees every row as soon as it is known."""
     rows = []
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=warm_processes(CompileJob.__module__)) as pool:
         outcomes = pool.map(_outcome, [compilation.job for compilation in wanted])
         for compilation, outcome in zip(wanted, outcomes, strict=True):
             rows.append(compilation.row(outcome))
