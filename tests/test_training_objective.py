@@ -221,9 +221,10 @@ FAULTS = """
 import resource, sys, torch
 from moe_emergence.training.memory import keep_freed_memory
 kept = keep_freed_memory() if sys.argv[1] == "keep" else True
-for _ in range(6):
+for _ in range(20):  # the heap has found its size after at most ten
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    step = [torch.ones(size) for size in (4_000_000, 9_000_000, 1_000_000, 6_000_000)]
+    # each above 32 MB, up to which glibc learns to keep what is freed
+    step = [torch.ones(size) for size in (10_000_000, 18_000_000, 9_000_000, 14_000_000)]
     del step
 print(int(kept), resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
