@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import tiny
 from safetensors.torch import load_file
 
 from moe_emergence.config import RunConfig
@@ -36,6 +37,36 @@ VARIANTS: dict[str, Change] = {
     "frozen router": lambda c: replace(c, model=replace(c.model, router="frozen")),
     "hash router": lambda c: replace(c, model=replace(c.model, router="hash")),
 }
+
+
+@pytest.fixture(scope="module")
+def made_once(
+    tmp_path_factory: pytest.TempPathFactory, data_folder: Path, cache_folder: Path
+) -> dict[str, Path]:
+    """The folders of a whole run and of one stopped after step 3."""
+    torch.set_num_threads(1)  # as in every test, before the first of which this may run
+    folders = {}
+    for name, stop_after in (("whole", None), ("stopped", 3)):
+        config = tiny(data_folder, cache_folder, tmp_path_factory.mktemp(name))
+        run_experiment(replace(config, stop_after=stop_after))
+        folders[name] = Path(config.output_dir) / "tiny"
+    return folders
+
+
+@pytest.fixture
+def whole(made_once: dict[str, Path], tiny_config: RunConfig) -> RunFolder:
+    """A finished run of `tiny_config`, where that would have put it."""
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    shutil.copytree(made_once["whole"], run.root)
+    return run
+
+
+@pytest.fixture
+def stopped(made_once: dict[str, Path], tiny_config: RunConfig) -> tuple[RunConfig, RunFolder]:
+    """A run stopped after step 3, and the configuration that would resume it."""
+    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    shutil.copytree(made_once["stopped"], run.root)
+    return replace(tiny_config, resume="auto"), run
 
 
 def comparable(path: Path) -> list[dict[str, Any]]:
@@ -93,10 +124,10 @@ def test_a_resumed_run_remembers_its_best_model(tiny_config: RunConfig, tmp_path
     assert read_json(run.summary)["best_eval_lm_loss"] == losses[0]
 
 
-def test_crash_between_checkpoints_is_made_good(tiny_config: RunConfig, tmp_path: Path) -> None:
+def test_crash_between_checkpoints_is_made_good(
+    tiny_config: RunConfig, whole: RunFolder, tmp_path: Path
+) -> None:
     """Rows written after the newest checkpoint are dropped and measured again."""
-    run_experiment(tiny_config)
-    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
     crashed = RunFolder(tmp_path / "crashed" / "tiny")
     shutil.copytree(whole.root, crashed.root)
     shutil.rmtree(crashed.checkpoint(6))
@@ -109,10 +140,8 @@ def test_crash_between_checkpoints_is_made_good(tiny_config: RunConfig, tmp_path
 
 
 def test_crash_before_the_first_checkpoint_starts_over(
-    tiny_config: RunConfig, tmp_path: Path
+    tiny_config: RunConfig, whole: RunFolder, tmp_path: Path
 ) -> None:
-    run_experiment(tiny_config)
-    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
     crashed = RunFolder(tmp_path / "crashed" / "tiny")
     shutil.copytree(whole.root, crashed.root)
     shutil.rmtree(crashed.checkpoints)
@@ -121,23 +150,20 @@ def test_crash_before_the_first_checkpoint_starts_over(
     assert_same_run(whole, crashed)
 
 
-def test_killed_while_saving_leaves_nothing_behind(tiny_config: RunConfig) -> None:
+def test_killed_while_saving_leaves_nothing_behind(stopped: tuple[RunConfig, RunFolder]) -> None:
     """kill -9 between the two renames of a swap, and in the middle of writing a folder."""
-    run_experiment(replace(tiny_config, stop_after=3))
-    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    config, run = stopped
     run.best_model.rename(run.root / ".best-model.123.old")
     shutil.copytree(run.checkpoint(3), run.checkpoints / ".step-000006.123.tmp")
-    run_experiment(replace(tiny_config, resume="auto"))
+    run_experiment(config)
     hidden = [p.name for p in (*run.root.iterdir(), *run.checkpoints.iterdir())]
     assert not [name for name in hidden if name.startswith(".")]
     assert (run.best_model / "model.safetensors").is_file()
 
 
 def test_auto_falls_back_to_the_newest_whole_checkpoint(
-    tiny_config: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_config: RunConfig, whole: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_experiment(tiny_config)
-    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
     damaged = RunFolder(tmp_path / "damaged" / "tiny")
     shutil.copytree(whole.root, damaged.root)
     damaged.summary.unlink()
@@ -178,9 +204,10 @@ def test_layers_in_any_order_are_the_same_run(tiny_config: RunConfig) -> None:
     assert one.expert_domain.read_text() == other.expert_domain.read_text()
 
 
-def test_a_moved_checkpoint_still_knows_its_data(tiny_config: RunConfig, tmp_path: Path) -> None:
-    run_experiment(replace(tiny_config, stop_after=3))
-    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+def test_a_moved_checkpoint_still_knows_its_data(
+    tiny_config: RunConfig, stopped: tuple[RunConfig, RunFolder], tmp_path: Path
+) -> None:
+    _, run = stopped
     shutil.copytree(run.checkpoint(3), tmp_path / "moved")
     other_data = replace(tiny_config.data, size_mb=0.005)
     config = replace(tiny_config, run_name="b", resume=str(tmp_path / "moved"), data=other_data)
@@ -189,10 +216,8 @@ def test_a_moved_checkpoint_still_knows_its_data(tiny_config: RunConfig, tmp_pat
 
 
 def test_stop_in_the_base_run_is_resumed_there(
-    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: RunConfig, whole: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_experiment(tiny_config)
-    whole = RunFolder(Path(tiny_config.output_dir) / "tiny")
     config = replace(tiny_config, output_dir=str(tmp_path / "stopped"))
     with monkeypatch.context() as patch:
         patch.setattr(
@@ -208,18 +233,17 @@ def test_stop_in_the_base_run_is_resumed_there(
     assert_same_run(whole, run)
 
 
-def test_a_finished_run_is_not_done_again(tiny_config: RunConfig) -> None:
-    run_experiment(tiny_config)
-    run = RunFolder(Path(tiny_config.output_dir) / "tiny")
-    before = {p: p.stat().st_mtime_ns for p in run.root.rglob("*.safetensors")}
+def test_a_finished_run_is_not_done_again(tiny_config: RunConfig, whole: RunFolder) -> None:
+    before = {p: p.stat().st_mtime_ns for p in whole.root.rglob("*.safetensors")}
     assert run_experiment(replace(tiny_config, resume="auto")).status == "completed"
-    assert before == {p: p.stat().st_mtime_ns for p in run.root.rglob("*.safetensors")}
+    assert before == {p: p.stat().st_mtime_ns for p in whole.root.rglob("*.safetensors")}
 
 
-def test_branching_off_a_checkpoint_under_another_name(tiny_config: RunConfig) -> None:
-    run_experiment(tiny_config)
+def test_branching_off_a_checkpoint_under_another_name(
+    tiny_config: RunConfig, whole: RunFolder
+) -> None:
     runs = Path(tiny_config.output_dir)
-    step3 = runs / "tiny" / "checkpoints" / "step-000003"
+    step3 = whole.checkpoint(3)
     branch = replace(tiny_config, run_name="branch", resume=str(step3))
     run_experiment(branch)
     a = load_file(runs / "tiny" / "final-model" / "model.safetensors")
@@ -238,13 +262,6 @@ def test_retention_keeps_the_newest_checkpoints(tiny_config: RunConfig) -> None:
     run = RunFolder(Path(tiny_config.output_dir) / "tiny")
     assert run.checkpoint_steps() == [5, 6]
     assert not [p.name for p in run.checkpoints.iterdir() if p.name.startswith(".")]
-
-
-@pytest.fixture
-def stopped(tiny_config: RunConfig) -> tuple[RunConfig, RunFolder]:
-    """A run stopped after step 3, and the configuration that would resume it."""
-    run_experiment(replace(tiny_config, stop_after=3))
-    return replace(tiny_config, resume="auto"), RunFolder(Path(tiny_config.output_dir) / "tiny")
 
 
 REFUSED: dict[str, tuple[Change, str]] = {
