@@ -23,7 +23,7 @@ ACTIVATIONS: tuple[Activation, ...] = ("gelu_tanh", "swiglu")
 SMALL = GemmConfig(16, 16, 16, warps=4, stages=2)
 SMALL_PLAN = GemmPlan(*[SMALL] * 5)
 MIXED_PLAN = GemmPlan(
-    up=GemmConfig(16, 32, 16, warps=1, stages=2, group_m=1),
+    up=GemmConfig(32, 32, 16, warps=1, stages=2, group_m=1),
     down=GemmConfig(32, 16, 32, warps=4, stages=2, group_m=2, persistent=True),
     activation_grad=GemmConfig(32, 16, 16, warps=1, stages=2, group_m=3, persistent=True),
     input_grad=GemmConfig(16, 16, 32, warps=4, stages=2, group_m=8),

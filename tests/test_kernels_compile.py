@@ -31,13 +31,12 @@ INSTRUCTIONS = {
 }
 
 
-def compile_command(folder: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
-    """The command with a cache of its own, and never in the interpreter."""
+def compile_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Python with a compilation cache of its own, and never in the interpreter."""
     environment = {**command_environment(), "TRITON_CACHE_DIR": str(folder / "cache")}
     environment.pop("TRITON_INTERPRET", None)
-    jobs = str(min(os.cpu_count() or 1, 8))
     return subprocess.run(
-        [sys.executable, "-m", "emergence_kernels.gpu.resources", "--jobs", jobs, *flags],
+        [sys.executable, *arguments],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -49,7 +48,9 @@ def compile_command(folder: Path, *flags: str) -> "subprocess.CompletedProcess[s
 
 def compiled_rows(folder: Path, *flags: str) -> list[dict[str, Any]]:
     """What the command reports with `flags`; its exit code must be that of no problem."""
-    done = compile_command(folder, *flags, "--json", "rows.json")
+    jobs = str(min(os.cpu_count() or 1, 8))
+    module = ("-m", "emergence_kernels.gpu.resources", "--jobs", jobs)
+    done = compile_process(folder, *module, *flags, "--json", "rows.json")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows: list[dict[str, Any]] = json.loads((folder / "rows.json").read_text("utf-8"))
     return rows
@@ -107,6 +108,32 @@ def test_factors_are_copied_asynchronously_sixteen_bytes_at_a_time(
         if row["dtype"] == "bf16" and " s" in row["config"] and row["target"] != "gfx942":
             assert row["resources"]["wide_copies"] > 0, row
             assert row["resources"]["narrow_copies"] == 0, row
+
+
+WITH_OTHER_INTEGERS = """
+import dataclasses
+from emergence_kernels.gpu import recording
+from emergence_kernels.gpu.compiling import CompileJob
+from emergence_kernels.gpu.defaults import TARGETS
+
+case = recording.Case(TARGETS["sm_90"], "bf16", "gelu_tanh", 16)
+for integer in (1, 7):
+    for launch in recording.launches(case, case.default_plan()):
+        arguments = tuple(integer if type(a) is int else a for a in launch.arguments)
+        if arguments != launch.arguments:
+            CompileJob.of(dataclasses.replace(launch, arguments=arguments), case.target).run()
+            print(launch.kernel.fn.__name__, integer)
+"""
+
+
+def test_kernels_compile_for_every_kind_of_integer(tmp_path: Path) -> None:
+    """An argument of 1 is a constant, without a tensor's methods; 7 is no multiple of 16.
+
+    The other compilations are of multiples of 16.
+    """
+    done = compile_process(tmp_path, "-c", WITH_OTHER_INTEGERS)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "_routing_weight_bwd_kernel 1" in done.stdout.splitlines()
 
 
 def test_a_configuration_that_cannot_be_used_is_reported() -> None:

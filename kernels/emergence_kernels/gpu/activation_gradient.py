@@ -229,7 +229,7 @@ def activation_gradient(
         WANT_BIAS=want_bias,
         WANT_ACT=want_act,
         WANT_SCALE=want_scale,
-        PART=256 * config.warps,
+        PART=(128 if activation == "swiglu" else 256) * config.warps,
         PRECISION=precision,
         TMA=tma,
         E_PAD=triton.next_power_of_2(num_experts),

@@ -160,8 +160,10 @@ def _routing_weight_bwd_kernel(
     inside = slot < num_rows
     row = tl.load(inv_perm_ptr + slot, mask=inside, other=0)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for n in range(N):
-        total += tl.load(dscale_ptr + row + n * num_rows.to(tl.int64), mask=inside, other=0.0)
+    dscale_ptrs = dscale_ptr + row
+    for _ in range(N):
+        total += tl.load(dscale_ptrs, mask=inside, other=0.0)
+        dscale_ptrs += num_rows
     if HAS_BIAS:
         total += tl.load(bias_dscale_ptr + row, mask=inside, other=0.0)
     tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), mask=inside)
