@@ -379,16 +379,16 @@ SMALL_GRADIENTS = [
         "tl.store(dweights_ptr + row",
     ),
     Mutation(
-        "routing-weights-gradient-32-bit-offset-of-the-column-tile",
+        "routing-weights-gradient-of-the-first-column-tile-every-time",
         "gpu/small_gradients.py",
-        "n * num_rows.to(tl.int64)",
-        "n * num_rows",
+        "dscale_ptrs += num_rows",
+        "dscale_ptrs += 0",
     ),
     Mutation(
         "routing-weights-gradient-of-the-first-column-tile-only",
         "gpu/small_gradients.py",
-        "for n in range(N):",
-        "for n in range(1):",
+        "for _ in range(N):",
+        "for _ in range(1):",
     ),
     Mutation(
         "sum-of-tiles-last-tile-dropped",

@@ -108,9 +108,10 @@ def candidates(
 ) -> list[GemmConfig]:
     """What tuning may choose for one product, the default apart.
 
-    Nothing for IEEE fp32, which has no matrix units to keep busy. The others compile for
-    `TARGETS` without spilling, as `python -m emergence_kernels.gpu.resources --configs all` checks;
-    what `_fits` and `_spills` leave out would not.
+    Nothing for IEEE fp32, which has no matrix units to keep busy. The others compile for `TARGETS`
+    without spilling by the Triton of the tested versions, as
+    `python -m emergence_kernels.gpu.resources --configs all` checks; what `_fits` and `_spills`
+    leave out would not.
 
     Args:
         product: which of the five.
@@ -179,6 +180,7 @@ def _fits(config: GemmConfig, target: Target, dtype: torch.dtype) -> bool:
 
 
 _TF32_SPILLS: tuple[tuple[Product, tuple[int, int]], ...] = (
+    ("up", (64, 64)),
     ("activation_grad", (32, 64)),
     ("input_grad", (64, 64)),
     *((product, (128, 256)) for product in PRODUCTS),
@@ -190,4 +192,6 @@ def _spills(product: Product, config: GemmConfig, precision: str, *, gated: bool
     tile = (config.block_m, config.block_n)
     if product == "up" and gated:
         return config.block_m * config.block_n > 1024 * config.warps  # two accumulators
+    if product == "activation_grad" and gated and config.tma:
+        return tile == (64, 256)
     return precision == "tf32" and (product, tile) in _TF32_SPILLS
