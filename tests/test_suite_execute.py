@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -206,20 +205,12 @@ def test_a_record_holds_the_model_s_own_decisions(top_k: int, tmp_path: Path) ->
         read_routing(path)
 
 
-def run_command(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe_emergence.suite", *argv]
-    path = os.pathsep.join(sys.path)
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-
-
 def test_the_command_runs_a_suite_from_end_to_end(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ("--out", "suite", "--jobs", "2", "--only", "moe")
-    done = run_command("run", str(TINY), *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    flags = ["--out", "suite", "--jobs", "2", "--only", "moe"]
+    assert exit_code(suite.main, ["run", str(TINY), *flags]) == 0
     runs = [
         run
         for run in plan_runs(load_suite(str(TINY)), tmp_path / "suite")

@@ -102,7 +102,8 @@ def plot_losses(
     axes[0, 0].set_ylabel("evaluation lm_loss\n(nats per token)", fontsize=10)
     axes[1, 0].set_ylabel("variant minus control\n(nats per token)", fontsize=10)
     for axis in axes[:, -1]:
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
+        if axis.get_legend_handles_labels()[0]:  # a variant alone is compared with nothing
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False)
     figure.supxlabel("training step", fontsize=10)
     return figure
 
