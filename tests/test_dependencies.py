@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas
 import pytest
-from conftest import REPOSITORY, Command
+from conftest import REPOSITORY, Command, command_environment
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -140,7 +140,10 @@ def test_the_certificate_needs_no_packaging(command: Command) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_train_warns_and_goes_on(command: Command, tmp_path) -> None:
+@pytest.mark.parametrize(("rank", "warnings"), [("0", 1), ("1", 0)])
+def test_train_warns_once_and_goes_on(
+    command: Command, tmp_path: Path, rank: str, warnings: int
+) -> None:
     """A newer release, as an installed package of that name and version says it."""
     folder = tmp_path / "newer" / "tyro-1.999.0.dist-info"
     folder.mkdir(parents=True)
@@ -149,7 +152,7 @@ def test_train_warns_and_goes_on(command: Command, tmp_path) -> None:
         f"import sys; sys.path.insert(0, {str(folder.parent)!r}); "
         "from moe_emergence.command import run; sys.exit(run(lambda _: print('went on') or 0, []))"
     )
-    done = command("-c", script)
+    done = command("-c", script, env={**command_environment(), "RANK": rank})
     assert done.returncode == 0
     assert done.stdout == "went on\n"
-    assert done.stderr.count("tyro 1.999.0 is untested") == 1
+    assert done.stderr.count("tyro 1.999.0 is untested") == warnings

@@ -11,7 +11,7 @@ def warm_processes(*modules: str) -> ForkServerContext | SpawnContext:
     On Linux they are forked from a server that imported them once and has started neither threads
     nor CUDA: a process takes milliseconds where importing torch and transformers takes seconds.
     Elsewhere forking is not safe, and each imports anew. A module that the server cannot import is
-    left to the processes.
+    left to the processes; one that asks for a GPU as it is imported must not be named.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")

@@ -229,6 +229,7 @@ def activation_gradient(
         WANT_BIAS=want_bias,
         WANT_ACT=want_act,
         WANT_SCALE=want_scale,
+        # 4 or 8 a thread: every target has the registers
         PART=(128 if activation == "swiglu" else 256) * config.warps,
         PRECISION=precision,
         TMA=tma,

@@ -177,7 +177,7 @@ def up_projection(
         STRIDE_X=x_TH.stride(0),
         GATED=activation == "swiglu",
         HAS_BIAS=b1_EP is not None,
-        PART=512 * config.warps,
+        PART=512 * config.warps,  # 16 a thread: every target has the registers
         PRECISION=precision,
         TMA=tma,
         E_PAD=triton.next_power_of_2(num_experts),
