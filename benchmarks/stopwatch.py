@@ -1,6 +1,7 @@
 """Timing: contestants take turns, so that whatever slows the machine slows all of them."""
 
 import logging
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -51,15 +52,48 @@ def quartiles(values: tuple[float, ...] | list[float]) -> tuple[float, float]:
 def interleave(works: Mapping[str, Work], device: str, budget_s: float) -> dict[str, Samples]:
     """Time every work once per round, for about `budget_s` seconds (at least `MIN_ROUNDS` rounds).
 
-    Each round starts with another contestant, so that none always follows the same one. On CUDA
-    the times are those between two events on the stream, with the L2 cache overwritten before.
+    Each round has an order of its own, drawn at random (seeded), so that none always follows the
+    same one. On CUDA a pass starts on an idle device whose L2 cache was overwritten: its time,
+    between two events on the stream, is that of the device and of the launches it waits for.
     """
     once_s = sum(_warm_up(work, device) for work in works.values())
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / max(once_s, 1e-6))))
-    names = list(works)
+    draw = random.Random(0)
+    order = [draw.sample(list(works), len(works)) for _ in range(rounds)]
     measure = _cuda_rounds if device == "cuda" else _cpu_rounds
-    order = [names[r % len(names) :] + names[: r % len(names)] for r in range(rounds)]
     return {name: Samples(tuple(s)) for name, s in measure(works, order).items()}
+
+
+def host_seconds(work: Work, rounds: int = 20) -> float:
+    """Median seconds until `work` returns on CUDA, started on an idle device: its launches."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def device_seconds(work: Work, rounds: int = 5) -> float:
+    """Least seconds of the kernels of `work` on CUDA, with the L2 cache overwritten before.
+
+    The device is kept busy until `work` has been enqueued, so that no launch is waited for.
+    """
+    cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    pairs = []
+    work()
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cache.zero_()
+        torch.cuda._sleep(400_000)
+        start.record()
+        work()
+        end.record()
+        pairs.append((start, end))
+        torch.cuda.synchronize()
+    return min(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
 def graph_median(work: Work, rounds: int = 30) -> float | None:
@@ -103,11 +137,12 @@ def _cuda_rounds(works: Mapping[str, Work], order: list[list[str]]) -> dict[str,
         for name in names:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cache.zero_()
+            torch.cuda.synchronize()
             start.record()
             works[name]()
             end.record()
+            torch.cuda.synchronize()
             events[name].append((start, end))
-    torch.cuda.synchronize()
     return {n: [a.elapsed_time(b) / 1e3 for a, b in pairs] for n, pairs in events.items()}
 
 

@@ -119,7 +119,7 @@ def test_the_default_plan_computes_the_same(dtype) -> None:
 def test_a_given_plan_is_the_one_taken() -> None:
     case = make_case(Shape(3, 8, 8, 2, 1))
     arguments = (case.x, case.w1, case.permutation, case.activation)
-    assert kernels.plan_for(*arguments, MIXED_PLAN.encode()) == MIXED_PLAN
+    assert kernels.plan_for(*arguments, MIXED_PLAN.encoded) == MIXED_PLAN
     assert kernels.plan_for(*arguments, "") != MIXED_PLAN
 
 

@@ -198,13 +198,13 @@ def test_the_plan_of_this_device_exists() -> None:
 
 
 def test_a_plan_survives_its_text() -> None:
-    assert GemmPlan.decode(MIXED_PLAN.encode()) == MIXED_PLAN
+    assert GemmPlan.decode(MIXED_PLAN.encoded) == MIXED_PLAN
     changed = replace(MIXED_PLAN, down=replace(SMALL, group_m=5))
-    assert GemmPlan.decode(changed.encode()) == changed != MIXED_PLAN
+    assert GemmPlan.decode(changed.encoded) == changed != MIXED_PLAN
 
 
 def _without(product: str) -> str:
-    return json.dumps({k: v for k, v in json.loads(MIXED_PLAN.encode()).items() if k != product})
+    return json.dumps({k: v for k, v in json.loads(MIXED_PLAN.encoded).items() if k != product})
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def _without(product: str) -> str:
         "[]",
         "{}",
         _without("weight_grad"),
-        MIXED_PLAN.encode().replace("group_m", "groups"),
-        MIXED_PLAN.encode().replace('"down"', '"downwards"'),
+        MIXED_PLAN.encoded.replace("group_m", "groups"),
+        MIXED_PLAN.encoded.replace('"down"', '"downwards"'),
         '{"up": 16}',
     ],
     ids=["no-json", "a-list", "nothing", "four-products", "unknown-key", "unknown-product", "flat"],

@@ -130,7 +130,7 @@ def test_a_configuration_that_does_not_fit_is_passed_over(tuning, monkeypatch) -
 
 
 def entry(dispatch: str = "fused") -> TuningEntry:
-    return TuningEntry(dispatch, PLAN.encode(), {"fused": 1.0, "sequential": 2.0})
+    return TuningEntry(dispatch, PLAN.encoded, {"fused": 1.0, "sequential": 2.0})
 
 
 def test_a_table_survives_the_disk(tmp_path: Path) -> None:

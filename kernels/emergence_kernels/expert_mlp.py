@@ -199,6 +199,6 @@ def expert_mlp(
             b2_EH,
             *permutation,
             activation,
-            "" if plan is None else plan.encode(),
+            "" if plan is None else plan.encoded,
         )[0]
     return y_TH

@@ -69,7 +69,7 @@ def measure_entry(experts: Experts, x_TH: torch.Tensor, top_k: int) -> TuningEnt
             "%s: %.3f ms, default %.3f ms: %s",
             found.product, found.milliseconds, found.default_milliseconds, found.config,
         )  # fmt: skip
-    plan = plan_of(tuned).encode()
+    plan = plan_of(tuned).encoded
     entry = TuningEntry("fused", plan, {})
     key = TuningKey.of(x_TH, top_k, experts)
     paths: dict[str, Dispatcher] = {

@@ -20,7 +20,7 @@ from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
 from emergence_kernels.gpu.descriptors import can_describe, describe_weight, multiply_described
 from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import (
     expert_tiles,
     grouped_order,
@@ -200,7 +200,7 @@ def activation_gradient(
     num_experts, width, hidden = w2_EFH.shape
     num_rows, pre_width = pre_SP.shape
     tiles_m = tile_bound(num_rows, num_experts, config.block_m)
-    tiles_n = triton.cdiv(width, config.block_n)
+    tiles_n = cdiv(width, config.block_n)
     result = ActivationGradient(
         torch.empty_like(pre_SP) if want_pre else None,
         pre_SP.new_empty(tiles_m, pre_width, dtype=torch.float32) if want_bias else None,
@@ -233,7 +233,7 @@ def activation_gradient(
         PART=(128 if activation == "swiglu" else 256) * config.warps,
         PRECISION=precision,
         TMA=tma,
-        E_PAD=triton.next_power_of_2(num_experts),
+        E_PAD=next_power_of_2(num_experts),
         **config.options(),
     )
     return result

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit
@@ -48,11 +48,11 @@ def combine(rows_SH: Tensor, inv_perm_S: Tensor, top_k: int, weights_TK: Tensor 
     num_rows, hidden = rows_SH.shape
     num_tokens = num_rows // top_k
     y_TH = rows_SH.new_empty(num_tokens, hidden)
-    block_h = min(triton.next_power_of_2(hidden), 1024)
+    block_h = min(next_power_of_2(hidden), 1024)
     block_t = max(2048 // block_h, 1)
     launch(
         _combine_fwd_kernel,
-        (triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, block_h)),
+        (cdiv(num_tokens, block_t), cdiv(hidden, block_h)),
         rows_SH,
         inv_perm_S,
         weights_TK,

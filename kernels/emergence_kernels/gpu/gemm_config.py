@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal, get_args
 
 import torch
@@ -36,10 +36,13 @@ class GemmConfig:
     specialize: bool = False
     """With `tma`, for `down` and `input_grad`, which gather nothing: on sm_100 some warps load
     while others multiply."""
+    registers: int = 0
+    """Most registers a thread may have, so that more blocks fit a multiprocessor; 0 for no limit.
+    AMD's compiler knows no such limit."""
 
     def options(self) -> dict[str, int]:
         """Compile-time constants and launch options, by the names that the kernels use."""
-        return {
+        options = {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
@@ -47,6 +50,7 @@ class GemmConfig:
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
+        return options | {"maxnreg": self.registers} if self.registers else options
 
     def __post_init__(self) -> None:
         assert self.tma or not self.specialize, "specialize needs tma"
@@ -70,14 +74,15 @@ class GemmPlan:
     input_grad: GemmConfig
     weight_grad: GemmConfig
 
-    def encode(self) -> str:
+    @cached_property
+    def encoded(self) -> str:
         """As JSON, the form in which an operator's schema can carry it."""
         return json.dumps(dataclasses.asdict(self))
 
     @staticmethod
     @cache
     def decode(text: str) -> "GemmPlan":
-        """The plan that `encode` wrote.
+        """The plan that `encoded` is of.
 
         Raises:
             ValueError: for anything else.

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
 _ONE_HOT_ELEMENTS = 8_192
 """Size of a block's one-hot matrix (slots, E) that stays in registers."""
@@ -84,9 +84,9 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, .
     `topk_experts_TK` (T, K) is int64 and contiguous, with values in [0, num_experts).
     """
     num_slots = topk_experts_TK.numel()
-    e_pad = triton.next_power_of_2(num_experts)
+    e_pad = next_power_of_2(num_experts)
     block = max(min(1024, _ONE_HOT_ELEMENTS // e_pad), 16)
-    num_blocks = max(triton.cdiv(num_slots, block), 1)
+    num_blocks = max(cdiv(num_slots, block), 1)
     new = topk_experts_TK.new_empty
     perm_S, inv_perm_S, token_idx_S = new(num_slots), new(num_slots), new(num_slots)
     expert_offsets = new(num_experts + 1, dtype=torch.int32)

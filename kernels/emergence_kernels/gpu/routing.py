@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
 _BLOCK_ELEMENTS = 4096
 """Size of a block (tokens, E): several such blocks stay in registers."""
@@ -16,7 +16,7 @@ _BLOCK_ELEMENTS = 4096
 
 def tokens_per_block(num_experts: int) -> int:
     """Tokens that one program takes."""
-    return max(min(128, _BLOCK_ELEMENTS // triton.next_power_of_2(num_experts)), 1)
+    return max(min(128, _BLOCK_ELEMENTS // next_power_of_2(num_experts)), 1)
 
 
 @triton.jit
@@ -134,9 +134,9 @@ def route_forward(
     All inputs are fp32; a logit row may be in any layout.
     """
     tokens, num_experts = logits_TE.shape
-    e_pad, k_pad = triton.next_power_of_2(num_experts), triton.next_power_of_2(top_k)
+    e_pad, k_pad = next_power_of_2(num_experts), next_power_of_2(top_k)
     block_t = tokens_per_block(num_experts)
-    num_blocks = triton.cdiv(tokens, block_t)
+    num_blocks = cdiv(tokens, block_t)
     new = logits_TE.new_empty
     probs_TE, noisy_TE = new(tokens, num_experts), new(0, num_experts)
     if noise_TE is not None:

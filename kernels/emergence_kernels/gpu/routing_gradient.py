@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.routing import tokens_per_block
 
 
@@ -107,13 +107,13 @@ def route_backward(
     """Gradient (T, E) of the logits from those of the results of `route_forward`."""
     tokens, num_experts = probs_TE.shape
     has_noise = noisy_TE.shape[0] == tokens
-    e_pad = triton.next_power_of_2(num_experts)
+    e_pad = next_power_of_2(num_experts)
     block_t = tokens_per_block(num_experts)
     dlogits_TE = torch.empty_like(probs_TE)
     gradients = (dprobs_TE, dnoisy_TE, dweights_TK, dlogsumexp_T, dprob_sums_E, dz_sum)
     launch(
         _route_bwd_kernel,
-        (triton.cdiv(tokens, block_t),),
+        (cdiv(tokens, block_t),),
         probs_TE,
         noisy_TE,
         experts_TK,

@@ -15,7 +15,7 @@ from emergence_kernels.gpu.descriptors import (
     multiply_described,
 )
 from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import (
     expert_tiles,
     grouped_order,
@@ -94,7 +94,7 @@ def row_product(
     num_rows, inner = x_SI.shape
     outer = w.shape[1] if transposed else w.shape[2]
     y_SO = x_SI.new_empty(num_rows, outer)
-    tiles = tile_bound(num_rows, len(w), config.block_m) * triton.cdiv(outer, config.block_n)
+    tiles = tile_bound(num_rows, len(w), config.block_m) * cdiv(outer, config.block_n)
     tma = can_describe(config, x_SI, w)
     launch(
         _row_product_fwd_kernel,
@@ -112,7 +112,7 @@ def row_product(
         PRECISION=precision,
         TMA=tma,
         SPECIALIZE=tma and config.specialize,
-        E_PAD=triton.next_power_of_2(len(w)),
+        E_PAD=next_power_of_2(len(w)),
         **config.options(),
     )
     return y_SO

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
 from emergence_kernels.permutation import Permutation
 
@@ -83,7 +83,7 @@ def output_bias_gradient(
         H=hidden,
         K=weights_TK.shape[1],
         STRIDE_DY=dy_TH.stride(0),
-        E_PAD=triton.next_power_of_2(num_experts),
+        E_PAD=next_power_of_2(num_experts),
         BLOCK_M=_ROWS_PER_TILE,
         BLOCK_H=64,
         num_warps=4,
@@ -129,13 +129,13 @@ def sum_of_tiles(
     sums_EW = tiles_MW.new_empty(num_experts, width, dtype=dtype)
     launch(
         _sum_of_tiles_bwd_kernel,
-        (num_experts, triton.cdiv(width, 128)),
+        (num_experts, cdiv(width, 128)),
         tiles_MW,
         expert_offsets,
         sums_EW,
         E=num_experts,
         W=width,
-        E_PAD=triton.next_power_of_2(num_experts),
+        E_PAD=next_power_of_2(num_experts),
         BLOCK_M=rows_per_tile,
         BLOCK_W=128,
         TILES_AT_ONCE=16,
@@ -176,7 +176,7 @@ def routing_weight_gradient(
     dweights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
     launch(
         _routing_weight_bwd_kernel,
-        (triton.cdiv(inv_perm_S.numel(), 256),),
+        (cdiv(inv_perm_S.numel(), 256),),
         dscale_NS,
         bias_dscale_S,
         inv_perm_S,

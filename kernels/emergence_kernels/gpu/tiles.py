@@ -8,13 +8,15 @@ nothing about the routing has to be known on the host but the bound `tile_bound`
 import triton
 import triton.language as tl
 
+from emergence_kernels.gpu.launch import cdiv
+
 
 def tile_bound(num_rows: int, num_experts: int, block_m: int) -> int:
     """Most tiles of `block_m` rows that any routing of `num_rows` rows to the experts can need.
 
     Every expert with rows wastes less than one tile, and there are no more such experts than rows.
     """
-    return triton.cdiv(num_rows, block_m) + max(min(num_experts, num_rows) - 1, 0)
+    return cdiv(num_rows, block_m) + max(min(num_experts, num_rows) - 1, 0)
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def tune(
     """
     target = target_of(device)
     bucket = rows_bucket(shape.tokens * shape.top_k, shape.experts)
-    runs, precision = _runs(shape, device)
+    runs, precision = product_runs(shape, device)
     gated = shape.activation == "swiglu"
     default = default_plan(target, shape.dtype, precision, bucket, gated=gated)
     for product in PRODUCTS:
@@ -79,7 +79,7 @@ def tune(
         for config in candidates(
             product, target, shape.dtype, bucket, precision=precision, gated=gated
         ):
-            if not _agrees(product, config, run, expected):
+            if not agrees(product, config, run, expected):
                 continue
             milliseconds = _time(run, config, measure)
             if milliseconds < best.milliseconds:
@@ -96,7 +96,7 @@ def _time(run: Run, config: GemmConfig, measure: Callable[[Callable[[], object]]
     return measure(lambda: run(config))
 
 
-def _agrees(product: Product, config: GemmConfig, run: Run, expected: tuple[Tensor, ...]) -> bool:
+def agrees(product: Product, config: GemmConfig, run: Run, expected: tuple[Tensor, ...]) -> bool:
     """Whether a configuration compiles, fits, and computes what the default one does.
 
     Both accumulate in fp32 and round once, so that two results differ by an ulp where they round
@@ -116,7 +116,7 @@ def _agrees(product: Product, config: GemmConfig, run: Run, expected: tuple[Tens
     return True
 
 
-def _runs(shape: MLPShape, device: torch.device) -> tuple[dict[Product, Run], str]:
+def product_runs(shape: MLPShape, device: torch.device) -> tuple[dict[Product, Run], str]:
     """What to run for each product, on random numbers, and the precision it runs in."""
     generator = torch.Generator(device).manual_seed(0)
 

@@ -12,7 +12,7 @@ from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
 from emergence_kernels.gpu.descriptors import can_describe, describe_weight, multiply_described
 from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import (
     expert_tiles,
     grouped_order,
@@ -159,7 +159,7 @@ def up_projection(
     num_rows = permutation.token_idx.numel()
     pre_SP = x_TH.new_empty(num_rows, pre_width)
     act_SF = x_TH.new_empty(num_rows, width)
-    tiles = tile_bound(num_rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n)
+    tiles = tile_bound(num_rows, num_experts, config.block_m) * cdiv(width, config.block_n)
     tma = can_describe(config, w1_EHP)
     launch(
         _up_projection_fwd_kernel,
@@ -180,7 +180,7 @@ def up_projection(
         PART=512 * config.warps,  # 16 a thread: every target has the registers
         PRECISION=precision,
         TMA=tma,
-        E_PAD=triton.next_power_of_2(num_experts),
+        E_PAD=next_power_of_2(num_experts),
         **config.options(),
     )
     return pre_SP, act_SF

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import launch
+from emergence_kernels.gpu.launch import cdiv, launch
 from emergence_kernels.gpu.tiles import grouped_order
 
 
@@ -89,7 +89,7 @@ def weight_gradient(
     """
     num_experts, inner, outer = len(expert_offsets) - 1, a.shape[1], b.shape[1]
     dw_EIO = a.new_empty(num_experts, inner, outer)
-    tiles = triton.cdiv(inner, config.block_m) * triton.cdiv(outer, config.block_n) * num_experts
+    tiles = cdiv(inner, config.block_m) * cdiv(outer, config.block_n) * num_experts
     launch(
         _weight_gradient_bwd_kernel,
         (config.programs(tiles, a.device),),

@@ -1,0 +1,143 @@
+"""The layer on a GPU: right, then timed against its peers, then taken apart.
+
+Letters: T tokens, H model width, F expert width, E experts, K experts per token.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+
+import torch
+
+from benchmarks.contestants import Entry
+from benchmarks.gate import Gate, evaluate
+from benchmarks.gpu.program import Fields, Setting
+from benchmarks.layer import measure_layer, phase_work
+from benchmarks.peers import ENTRIES
+from benchmarks.results import Row
+from benchmarks.roofline import measure_rates
+from benchmarks.stopwatch import graph_median, host_seconds
+from benchmarks.workloads import Case, Shape, make_problem
+
+DISPATCHERS = ("fused", "grouped", "sequential")
+CONTESTANTS = (*DISPATCHERS, "dense-floor", "hf-grouped_mm")
+
+CHECKED = (
+    Shape("one-row", 1, 64, 128, 4, 1, "integers of 1"),
+    Shape("odd", 131, 75, 197, 6, 3, "nothing is a multiple of anything"),
+    Shape("predecessor", 1024, 768, 3072, 8, 1, "the predecessor's micro-batch"),
+    Shape("predecessor-k2", 1024, 768, 3072, 8, 2, "several rows a token"),
+    Shape("fine", 1024, 256, 256, 64, 8, "many narrow experts"),
+    Shape("fine-16k", 16384, 256, 256, 64, 8, "a sort over several blocks"),
+    Shape("16k", 16384, 768, 3072, 8, 1, "a large batch"),
+)
+
+
+def _shape(tokens: int, top_k: int = 1) -> Shape:
+    return Shape(f"{tokens}-k{top_k}", tokens, 768, 3072, 8, top_k, "GPT-2's layer")
+
+
+TIMED = (
+    *(_shape(tokens) for tokens in (1024, 16384, 4096, 512, 65536, 2048, 8192, 32768)),
+    _shape(1024, 2),
+    _shape(16384, 2),
+    Shape("fine-1k", 1024, 256, 256, 64, 8, "many narrow experts"),
+    Shape("fine-16k", 16384, 256, 256, 64, 8, "many narrow experts"),
+)
+TINY = (Shape("tiny", 48, 16, 32, 4, 2, "for the rehearsal"),)
+
+
+def correctness(setting: Setting) -> Iterator[Fields]:
+    """Output and every gradient against the sequential path in fp64, as a multiple of its error."""
+    dtypes = ("fp32",) if setting.device == "cpu" else ("bf16", "fp32", "fp16")
+    for shape in TINY if setting.tiny else CHECKED:
+        for dtype in dtypes:
+            problem = make_problem(Case(shape, "zipf", dtype), setting.device)
+            gate = Gate(problem)
+            for entry in ENTRIES:
+                if entry.name not in DISPATCHERS:
+                    continue
+                started = time.time()
+                row = {"shape": shape.name, "dtype": dtype, "path": entry.name}
+                try:
+                    contestant = entry.prepare(problem)
+                    found = evaluate(contestant.run, contestant.leaves, problem.dy_TH)
+                except Exception as error:  # noqa: BLE001 - a row of the table
+                    yield row | {
+                        "verdict": "error",
+                        "note": f"{type(error).__name__}: {error}"[:400],
+                    }
+                    if setting.device == "cuda":
+                        torch.cuda.synchronize()  # raises if the device is lost
+                    continue
+                verdict = gate.judge(contestant.canonical(found))
+                yield row | asdict(verdict) | {"first_s": round(time.time() - started, 2)}
+
+
+def layers(setting: Setting) -> Iterator[Fields]:
+    """Rows of the layer suite, forward and full, with the host's own time of ours."""
+    entries = tuple(e for e in ENTRIES if e.name in CONTESTANTS)
+    dtype = "bf16" if setting.device == "cuda" else "fp32"
+    cases = [Case(shape, "balanced", dtype) for shape in (TINY if setting.tiny else TIMED)]
+    if not setting.tiny:
+        cases += [Case(_shape(1024), "zipf", dtype), Case(_shape(16384), "zipf", dtype)]
+        cases += [Case(_shape(1024), "balanced", "fp32"), Case(_shape(16384), "balanced", "fp32")]
+        cases += [Case(_shape(16384), "balanced", dtype, "swiglu")]
+    for case in cases:
+        if time.time() > setting.deadline - 8:
+            return
+        yield from map(_lean, _measured(case, entries, setting))
+
+
+def _measured(case: Case, entries: tuple[Entry, ...], setting: Setting) -> list[Row]:
+    budget_s = 0.05 if setting.tiny else 0.8
+    return measure_layer(
+        case, setting.device, budget_s=budget_s, entries=entries, phases=("forward", "full")
+    )
+
+
+def _lean(row: Row) -> Fields:
+    return {k: v for k, v in asdict(row).items() if v is not None and k != "parameters"}
+
+
+def taken_apart(setting: Setting) -> Iterator[Fields]:
+    """Rates of the device; of every dispatcher the host's time, the graph's, and each kernel's."""
+    if setting.device == "cuda":
+        rates = measure_rates("cuda", "bf16")
+        yield {"what": "rates", **asdict(rates)}
+    dtype = "bf16" if setting.device == "cuda" else "fp32"
+    for shape in TINY if setting.tiny else (_shape(1024), _shape(16384), TIMED[-1]):
+        problem = make_problem(Case(shape, "balanced", dtype), setting.device)
+        for entry in ENTRIES:
+            if entry.name not in (*DISPATCHERS, "dense-floor"):
+                continue
+            contestant = entry.prepare(problem)
+            for phase in ("forward", "full"):
+                work = phase_work(contestant, problem.dy_TH, phase)
+                for _ in range(3):
+                    work()
+                row: Fields = {"shape": shape.name, "path": entry.name, "phase": phase}
+                if setting.device == "cuda":
+                    row |= {"host_s": host_seconds(work), "graph_s": graph_median(work)}
+                yield row
+            if entry.name != "sequential":
+                yield from _kernels(shape.name, entry.name, work, setting)
+
+
+def _kernels(shape: str, path: str, work: object, setting: Setting) -> Iterator[Fields]:
+    activity = torch.profiler.ProfilerActivity
+    cuda = setting.device == "cuda"
+    rounds = 10 if cuda else 1
+    with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
+        for _ in range(rounds):
+            work()  # type: ignore[operator]
+        if cuda:
+            torch.cuda.synchronize()
+    for event in profile.key_averages() if cuda else []:
+        yield {
+            "shape": shape,
+            "path": path,
+            "kernel": event.key[:80],
+            "calls": event.count / rounds,
+            "us": round(event.self_device_time_total / rounds, 1),
+        }

@@ -1,0 +1,15 @@
+"""What the program consists of, the most valuable first."""
+
+from benchmarks.gpu import checks, layers, sweep, training
+from benchmarks.gpu.program import Stage
+
+STAGES = (
+    Stage("correctness", layers.correctness, 45),
+    Stage("taken-apart", layers.taken_apart, 20),
+    Stage("sweep", sweep.sweep, 110),
+    Stage("tests", checks.tests, 100),
+    Stage("layers", layers.layers, 60),
+    Stage("training", training.steps, 60),
+    Stage("certificate", checks.certificate, 90),
+)
+"""In seconds of a machine with 16 cores."""
