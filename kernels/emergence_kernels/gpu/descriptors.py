@@ -1,10 +1,10 @@
-"""Weights, and rows that are not gathered, loaded as whole tiles through tensor descriptors.
+"""Weights and sorted rows loaded as whole tiles through tensor descriptors.
 
 From sm_90 on the tensor memory accelerator copies such a tile with one instruction; elements
 outside the tensor arrive as zeros. Descriptors are made on the host and passed by value, so that a
 CUDA graph keeps them and no workspace is needed.
 
-Letters: E experts, I and O the weight's two widths.
+Letters: E experts, I and O the weight's two widths, S routed rows sorted by expert.
 """
 
 import torch
@@ -29,28 +29,30 @@ def can_describe(config: GemmConfig, *tensors: Tensor) -> bool:
     return all(aligned) and all(tensor.numel() for tensor in tensors)
 
 
-def describe_weight(w: Tensor, config: GemmConfig, *, transposed: bool = False) -> TensorDescriptor:
-    """For `multiply_described`: tiles of `w` (E, I, O), or (E, O, I) if `transposed`."""
-    tile = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
-    return TensorDescriptor.from_tensor(w, [1, *tile])
+def describe(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of `rows` by `columns` of sorted rows (S, I), or of one expert's part of a weight."""
+    return TensorDescriptor.from_tensor(tensor, [1] * (tensor.ndim - 2) + [rows, columns])
 
 
-def describe_rows(rows: Tensor, config: GemmConfig) -> TensorDescriptor:
-    """For `multiply_described`: tiles of sorted rows (S, I)."""
-    return TensorDescriptor.from_tensor(rows, [config.block_m, config.block_k])
+def describe_factors(
+    x_SI: Tensor, w: Tensor, config: GemmConfig, *, transposed: bool = False
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """For `multiply_described`: of sorted rows (S, I), and of `w` (E, I, O), or (E, O, I) if
+    `transposed`."""
+    tile = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
+    return describe(x_SI, config.block_m, config.block_k), describe(w, *tile)
 
 
 @triton.jit
 def multiply_described(
-    a,  # descriptor of the left factor (S, K), or a pointer to it if GATHERED
-    row_offsets,  # (BLOCK_M,) int64: where each row starts, used if GATHERED
-    first_row,  # of the tile, used if not GATHERED
+    x,  # descriptor of the left factor (S, K)
+    first_row,  # of the tile
     w,  # descriptor of (E, K, columns), or of (E, columns, K) if TRANSPOSED
     expert,
     first_column,
     K: tl.constexpr,
-    GATHERED: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -58,16 +60,9 @@ def multiply_described(
 ):
     """(BLOCK_M, BLOCK_N) fp32, as `multiply_rows`; rows and columns outside may be anything."""
     expert = expert.to(tl.int32)
-    k = tl.arange(0, BLOCK_K)
-    accumulator = tl.zeros((row_offsets.shape[0], BLOCK_N), dtype=tl.float32)
+    accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in tl.range(0, K, BLOCK_K, warp_specialize=SPECIALIZE):
-        if not GATHERED:
-            left = a.load([first_row, start])
-        elif K % BLOCK_K == 0:
-            left = tl.load(a + row_offsets[:, None] + (start + k)[None, :])
-        else:
-            inside = k[None, :] < K - start
-            left = tl.load(a + row_offsets[:, None] + (start + k)[None, :], mask=inside, other=0.0)
+        left = x.load([first_row, start])
         if TRANSPOSED:
             w_tile = w.load([expert, first_column, start]).reshape(BLOCK_N, BLOCK_K).T
         else:

@@ -7,9 +7,10 @@ E experts, K experts per token, S = T*K routed rows sorted by expert.
 from torch import Tensor
 
 from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.activation_gradient import activation_gradient
+from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE, activation_gradient
 from emergence_kernels.gpu.combine import combine
 from emergence_kernels.gpu.defaults import default_plan, target_of
+from emergence_kernels.gpu.gather import gather
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
 from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
 from emergence_kernels.gpu.row_product import row_product
@@ -54,10 +55,10 @@ def forward(
     b1_EP = None if b1_EP is None else b1_EP.contiguous()
     b2_EH = None if b2_EH is None else b2_EH.contiguous()
     pre_SP, act_SF = up_projection(
-        with_contiguous_rows(x_TH),
+        gather(with_contiguous_rows(x_TH), permutation.token_idx),
         w1_EHP.contiguous(),
         b1_EP,
-        permutation,
+        permutation.expert_offsets,
         activation,
         plan.up,
         precision,
@@ -90,19 +91,19 @@ def backward(
     precision = matmul_precision(x_TH)
     want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
     offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
-    x_TH, dy_TH = with_contiguous_rows(x_TH), with_contiguous_rows(dy_TH)
     weights_TK, w1_EHP, w2_EFH = weights_TK.contiguous(), w1_EHP.contiguous(), w2_EFH.contiguous()
     dx = dweights = dw1 = db1 = dw2 = db2 = bias_dscale_S = None
 
+    dy_SH = gather(with_contiguous_rows(dy_TH), token_idx_S)
+    dact_SF = row_product(
+        dy_SH, w2_EFH, None, offsets, plan.activation_grad, precision, transposed=True
+    )
     through = activation_gradient(
-        dy_TH,
-        weights_TK,
-        w2_EFH,
+        dact_SF,
         pre_SP,
+        weights_TK,
         permutation,
         activation,
-        plan.activation_grad,
-        precision,
         want_pre=want_x or want_w1 or want_b1,
         want_bias=want_b1,
         want_act=want_w2,
@@ -110,27 +111,19 @@ def backward(
     )
     if b2_EH is not None and (want_b2 or want_weights):
         db2, bias_dscale_S = output_bias_gradient(
-            dy_TH, weights_TK, b2_EH.contiguous(), permutation
+            dy_SH, weights_TK, b2_EH.contiguous(), permutation
         )
     if through.dscale_NS is not None:
         dweights = routing_weight_gradient(
             through.dscale_NS, bias_dscale_S, permutation.inv_perm, weights_TK
         )
     if through.scaled_act_SF is not None:
-        dw2 = weight_gradient(
-            through.scaled_act_SF,
-            dy_TH,
-            offsets,
-            plan.weight_grad,
-            precision,
-            b_rows_S=token_idx_S,
-        )
+        dw2 = weight_gradient(through.scaled_act_SF, dy_SH, offsets, plan.weight_grad, precision)
     if through.db1_MP is not None:
-        db1 = sum_of_tiles(through.db1_MP, offsets, plan.activation_grad.block_m, x_TH.dtype)
+        db1 = sum_of_tiles(through.db1_MP, offsets, ROWS_PER_TILE, x_TH.dtype)
     if through.dpre_SP is not None and want_w1:
-        dw1 = weight_gradient(
-            x_TH, through.dpre_SP, offsets, plan.weight_grad, precision, a_rows_S=token_idx_S
-        )
+        x_SH = gather(with_contiguous_rows(x_TH), token_idx_S)
+        dw1 = weight_gradient(x_SH, through.dpre_SP, offsets, plan.weight_grad, precision)
     if through.dpre_SP is not None and want_x:
         dx_SH = row_product(
             through.dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True

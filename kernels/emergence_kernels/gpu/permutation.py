@@ -11,7 +11,17 @@ from torch import Tensor
 from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
 _ONE_HOT_ELEMENTS = 8_192
-"""Size of a block's one-hot matrix (slots, E) that stays in registers."""
+"""Size of a one-hot matrix (slots, E) that stays in registers."""
+_MOST_BLOCKS = 256
+"""Every block adds up the counts of all blocks, so that their number must not grow with S."""
+
+
+@triton.jit
+def _one_hot(experts_ptr, piece, num_slots, E_PAD: tl.constexpr, BLOCK: tl.constexpr):
+    """Slots (BLOCK,) of a piece, and which expert each has: (BLOCK, E_PAD) int32."""
+    slot = tl.cast(piece, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts_ptr + slot, mask=slot < num_slots, other=-1)
+    return slot, (expert[:, None] == tl.arange(0, E_PAD)[None, :]).to(tl.int32)
 
 
 @triton.jit
@@ -19,17 +29,17 @@ def _count_fwd_kernel(
     experts_ptr,  # (S,) int64: the expert of every slot
     counts_ptr,  # (B, E) int32 out: slots of every expert in every block
     num_slots,
+    pieces,  # of BLOCK slots that each block of slots has
     E: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Grid: (B,)."""
     e = tl.arange(0, E_PAD)
-    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(experts_ptr + slot, mask=slot < num_slots, other=-1)
-    one_hot = (expert[:, None] == e[None, :]).to(tl.int32)
-    counts_ptrs = counts_ptr + tl.program_id(0).to(tl.int64) * E + e
-    tl.store(counts_ptrs, tl.sum(one_hot, 0), mask=e < E)
+    count_E = tl.zeros((E_PAD,), dtype=tl.int32)
+    for piece in range(tl.program_id(0) * pieces, tl.program_id(0) * pieces + pieces):
+        count_E += tl.sum(_one_hot(experts_ptr, piece, num_slots, E_PAD, BLOCK)[1], 0)
+    tl.store(counts_ptr + tl.program_id(0) * E + e, count_E, mask=e < E)
 
 
 @triton.jit
@@ -42,6 +52,7 @@ def _place_fwd_kernel(
     expert_offsets_ptr,  # (E+1,) int32 out: first sorted row of every expert
     num_slots,
     num_blocks,
+    pieces,  # of BLOCK slots that each block of slots has
     E: tl.constexpr,
     K: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
@@ -52,27 +63,27 @@ def _place_fwd_kernel(
     """Grid: (B,); each block adds up the counts of all blocks for itself."""
     e = tl.arange(0, E_PAD)
     this = tl.program_id(0)
-    slot = this.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(experts_ptr + slot, mask=slot < num_slots, other=-1)
-    one_hot = (expert[:, None] == e[None, :]).to(tl.int32)
     before_E = tl.zeros((E_PAD,), dtype=tl.int32)
     total_E = tl.zeros((E_PAD,), dtype=tl.int32)
     if ONE_BLOCK:
-        total_E = tl.sum(one_hot, 0)
+        total_E = tl.sum(_one_hot(experts_ptr, this, num_slots, E_PAD, BLOCK)[1], 0)
     else:
         for first in range(0, num_blocks, BLOCKS_AT_ONCE):
             block = first + tl.arange(0, BLOCKS_AT_ONCE)
             inside = (block < num_blocks)[:, None] & (e < E)[None, :]
-            counts_ptrs = counts_ptr + block.to(tl.int64)[:, None] * E + e[None, :]
-            counts = tl.load(counts_ptrs, mask=inside, other=0)
+            counts = tl.load(counts_ptr + block[:, None] * E + e[None, :], mask=inside, other=0)
             total_E += tl.sum(counts, 0)
             before_E += tl.sum(tl.where((block < this)[:, None], counts, 0), 0)
     start_E = tl.cumsum(total_E, 0) - total_E
-    rank = tl.cumsum(one_hot, 0) - one_hot
-    row = tl.sum(one_hot * (rank + (start_E + before_E)[None, :]), 1).to(tl.int64)
-    tl.store(perm_ptr + row, slot, mask=slot < num_slots)
-    tl.store(inv_perm_ptr + slot, row, mask=slot < num_slots)
-    tl.store(token_idx_ptr + row, slot // K, mask=slot < num_slots)
+    next_E = start_E + before_E
+    for piece in range(this * pieces, this * pieces + pieces):
+        slot, one_hot = _one_hot(experts_ptr, piece, num_slots, E_PAD, BLOCK)
+        rank = tl.cumsum(one_hot, 0) - one_hot
+        row = tl.sum(one_hot * (rank + next_E[None, :]), 1).to(tl.int64)
+        tl.store(perm_ptr + row, slot, mask=slot < num_slots)
+        tl.store(inv_perm_ptr + slot, row, mask=slot < num_slots)
+        tl.store(token_idx_ptr + row, slot // K, mask=slot < num_slots)
+        next_E += tl.sum(one_hot, 0)
     if this == 0:
         tl.store(expert_offsets_ptr + e, start_E, mask=e < E)
         tl.store(expert_offsets_ptr + E, num_slots)
@@ -86,7 +97,8 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, .
     num_slots = topk_experts_TK.numel()
     e_pad = next_power_of_2(num_experts)
     block = max(min(1024, _ONE_HOT_ELEMENTS // e_pad), 16)
-    num_blocks = max(cdiv(num_slots, block), 1)
+    pieces = max(cdiv(num_slots, block * _MOST_BLOCKS), 1)
+    num_blocks = max(cdiv(num_slots, block * pieces), 1)
     new = topk_experts_TK.new_empty
     perm_S, inv_perm_S, token_idx_S = new(num_slots), new(num_slots), new(num_slots)
     expert_offsets = new(num_experts + 1, dtype=torch.int32)
@@ -99,6 +111,7 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, .
             topk_experts_TK,
             counts_BE,
             num_slots,
+            pieces,
             E=num_experts,
             E_PAD=e_pad,
             BLOCK=block,
@@ -115,6 +128,7 @@ def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, .
         expert_offsets,
         num_slots,
         num_blocks,
+        pieces,
         E=num_experts,
         K=topk_experts_TK.shape[1],
         ONE_BLOCK=num_blocks == 1,

@@ -138,25 +138,24 @@ def launches(case: Case, plan: GemmPlan) -> list[Launch]:
 def product_of(launch: Launch) -> Product | None:
     """The product of the expert MLP that a launch computes; None for the kernels without one."""
     if launch.kernel.fn.__name__ == "_row_product_fwd_kernel":
-        return "input_grad" if launch.options["TRANSPOSED"] else "down"
+        if not launch.options["TRANSPOSED"]:
+            return "down"
+        return "activation_grad" if launch.options["O"] == F else "input_grad"
     kernels: dict[str, Product] = {
         "_up_projection_fwd_kernel": "up",
-        "_activation_gradient_bwd_kernel": "activation_grad",
         "_weight_gradient_bwd_kernel": "weight_grad",
     }
     return kernels.get(launch.kernel.fn.__name__)
 
 
-_GATED_PRODUCTS: tuple[Product, ...] = ("up", "activation_grad")
-
-
 def candidate_launches(case: Case) -> list[Launch]:
     """The products of `case` under every configuration that tuning may choose for them.
 
-    With a gated activation only those whose kernel knows about it.
+    With a gated activation only the up projection, whose kernel knows about it.
     """
     found = []
-    for product in _GATED_PRODUCTS if case.gated else PRODUCTS:
+    products: tuple[Product, ...] = ("up",) if case.gated else PRODUCTS
+    for product in products:
         for config in candidates(
             product,
             case.target,

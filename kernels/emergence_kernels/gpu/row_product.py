@@ -1,5 +1,5 @@
 """Sorted rows times one weight per expert: the down projection with its bias, and, with the weight
-transposed, the gradient of the up projection's input.
+transposed, the gradients of both projections' inputs.
 
 Letters: E experts, S routed rows sorted by expert, I input width, O output width.
 """
@@ -8,12 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.descriptors import (
-    can_describe,
-    describe_rows,
-    describe_weight,
-    multiply_described,
-)
+from emergence_kernels.gpu.descriptors import can_describe, describe_factors, multiply_described
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import (
@@ -60,8 +55,8 @@ def _row_product_fwd_kernel(
         wide_row = tl.where(row < end, row, 0).to(tl.int64)
         if TMA:
             y = multiply_described(
-                x_ptr, wide_row, first, w_ptr, expert, tile_n * BLOCK_N, I, False, TRANSPOSED,
-                BLOCK_N, BLOCK_K, PRECISION, SPECIALIZE,
+                x_ptr, first, w_ptr, expert, tile_n * BLOCK_N, I, TRANSPOSED, BLOCK_M, BLOCK_N,
+                BLOCK_K, PRECISION, SPECIALIZE,
             )  # fmt: skip
         else:
             y = multiply_rows(
@@ -96,12 +91,13 @@ def row_product(
     y_SO = x_SI.new_empty(num_rows, outer)
     tiles = tile_bound(num_rows, len(w), config.block_m) * cdiv(outer, config.block_n)
     tma = can_describe(config, x_SI, w)
+    left, right = describe_factors(x_SI, w, config, transposed=transposed) if tma else (x_SI, w)
     launch(
         _row_product_fwd_kernel,
         (config.programs(tiles, x_SI.device),),
-        describe_rows(x_SI, config) if tma else x_SI,
+        left,
         expert_offsets,
-        describe_weight(w, config, transposed=transposed) if tma else w,
+        right,
         bias_EO,
         y_SO,
         E=len(w),

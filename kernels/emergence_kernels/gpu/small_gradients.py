@@ -19,7 +19,7 @@ _ROWS_PER_TILE = 64
 
 @triton.jit
 def _output_bias_bwd_kernel(
-    dy_ptr,  # (T, H) gradient of the output, rows STRIDE_DY apart
+    dy_ptr,  # (S, H) gradient of the output, a row per sorted row
     perm_ptr,  # (S,) int64: the slot t*K + k of every sorted row
     weights_ptr,  # (S,) routing weights by slot
     b2_ptr,  # (E, H) contiguous
@@ -28,8 +28,6 @@ def _output_bias_bwd_kernel(
     dscale_ptr,  # (S,) fp32 out: <dy[token], b2[expert]> of every sorted row
     E: tl.constexpr,
     H: tl.constexpr,
-    K: tl.constexpr,
-    STRIDE_DY: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -46,7 +44,7 @@ def _output_bias_bwd_kernel(
         for first_h in range(0, H, BLOCK_H):
             h = first_h + tl.arange(0, BLOCK_H)
             inside = (row < end)[:, None] & (h < H)[None, :]
-            dy_ptrs = dy_ptr + (slot // K)[:, None] * STRIDE_DY + h[None, :]
+            dy_ptrs = dy_ptr + row.to(tl.int64)[:, None] * H + h[None, :]
             dy = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)
             b2 = tl.load(b2_ptr + expert * H + h, mask=h < H, other=0.0).to(tl.float32)
             dscale += tl.sum(dy * b2[None, :], 1)
@@ -56,9 +54,9 @@ def _output_bias_bwd_kernel(
 
 
 def output_bias_gradient(
-    dy_TH: Tensor, weights_TK: Tensor, b2_EH: Tensor, permutation: Permutation
+    dy_SH: Tensor, weights_TK: Tensor, b2_EH: Tensor, permutation: Permutation
 ) -> tuple[Tensor, Tensor]:
-    """What the bias of the down projection takes part in.
+    """What the bias of the down projection takes part in; `dy_SH` is contiguous.
 
     Returns:
         Its gradient (E, H), and `<dy[token], b2[expert]>` (S,) fp32, its share of the gradient of
@@ -67,12 +65,12 @@ def output_bias_gradient(
     num_experts, hidden = b2_EH.shape
     num_rows = permutation.perm.numel()
     tiles = tile_bound(num_rows, num_experts, _ROWS_PER_TILE)
-    db2_MH = torch.empty(tiles, hidden, dtype=torch.float32, device=dy_TH.device)
-    dscale_S = torch.empty(num_rows, dtype=torch.float32, device=dy_TH.device)
+    db2_MH = torch.empty(tiles, hidden, dtype=torch.float32, device=dy_SH.device)
+    dscale_S = torch.empty(num_rows, dtype=torch.float32, device=dy_SH.device)
     launch(
         _output_bias_bwd_kernel,
         (tiles,),
-        dy_TH,
+        dy_SH,
         permutation.perm,
         weights_TK,
         b2_EH,
@@ -81,8 +79,6 @@ def output_bias_gradient(
         dscale_S,
         E=num_experts,
         H=hidden,
-        K=weights_TK.shape[1],
-        STRIDE_DY=dy_TH.stride(0),
         E_PAD=next_power_of_2(num_experts),
         BLOCK_M=_ROWS_PER_TILE,
         BLOCK_H=64,

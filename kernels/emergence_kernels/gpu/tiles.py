@@ -53,6 +53,19 @@ def grouped_order(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def accumulate(a, b, accumulator, PRECISION: tl.constexpr):
+    """`accumulator + a @ b` in fp32.
+
+    Without matrix units a product is a chain of additions as long as K; a sum of short chains is
+    nearer to the exact one (pairwise summation).
+    """
+    if a.dtype == tl.float32 and PRECISION == "ieee":
+        return accumulator + tl.dot(a, b, input_precision=PRECISION)
+    else:
+        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+
+
+@triton.jit
 def multiply_rows(
     a_ptr,  # rows of the left factor, each with K contiguous elements
     row_offsets,  # (BLOCK_M,) int64: where each row starts
@@ -77,7 +90,7 @@ def multiply_rows(
             # both factors: what lies behind the last element may be NaN, and NaN times 0 is NaN
             a = tl.load(a_ptrs, mask=k[None, :] < K - start, other=0.0)
             w = tl.load(w_ptrs, mask=k[:, None] < K - start, other=0.0)
-        accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION)
+        accumulator = accumulate(a, w, accumulator, PRECISION)
         a_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * STRIDE_K
     return accumulator

@@ -17,7 +17,6 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from emergence_kernels.activations import Activation, pre_activation_width
-from emergence_kernels.gpu.activation_gradient import activation_gradient
 from emergence_kernels.gpu.defaults import candidates, default_plan, target_of
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product, rows_bucket
 from emergence_kernels.gpu.launch import matmul_precision
@@ -127,35 +126,21 @@ def product_runs(shape: MLPShape, device: torch.device) -> tuple[dict[Product, R
     pre_width = pre_activation_width(shape.activation, width)
     scores_TE = torch.rand(tokens, experts, generator=generator, device=device)
     permutation = sort_by_expert(scores_TE.topk(shape.top_k, dim=1).indices, experts)
-    offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
+    offsets = permutation.expert_offsets
     rows = tokens * shape.top_k
-    x_TH, dy_TH, act_SF, pre_SP = (
-        randn(n, m)
-        for n, m in ((tokens, hidden), (tokens, hidden), (rows, width), (rows, pre_width))
-    )
+    x_SH, act_SF, pre_SP = (randn(rows, n) for n in (hidden, width, pre_width))
     w1_EHP = randn(experts, hidden, pre_width) / hidden**0.5
     w2_EFH = randn(experts, width, hidden) / width**0.5
     b1_EP, b2_EH = randn(experts, pre_width), randn(experts, hidden)
-    weights_TK = torch.full((tokens, shape.top_k), 1 / shape.top_k, device=device)
-    precision = matmul_precision(x_TH)
-    act = shape.activation
+    precision = matmul_precision(x_SH)
 
-    def activation_grad(config: GemmConfig) -> tuple[Tensor, ...]:
-        through = activation_gradient(
-            dy_TH, weights_TK, w2_EFH, pre_SP, permutation, act, config, precision,
-            want_pre=True, want_bias=True, want_act=True, want_scale=True,
-        )  # fmt: skip
-        # the other two are per tile, and tiles differ between configurations
-        return tuple(t for t in (through.dpre_SP, through.scaled_act_SF) if t is not None)
+    def back(x: Tensor, w: Tensor) -> Run:
+        return lambda c: (row_product(x, w, None, offsets, c, precision, transposed=True),)
 
     return {
-        "up": lambda c: up_projection(x_TH, w1_EHP, b1_EP, permutation, act, c, precision),
+        "up": lambda c: up_projection(x_SH, w1_EHP, b1_EP, offsets, shape.activation, c, precision),
         "down": lambda c: (row_product(act_SF, w2_EFH, b2_EH, offsets, c, precision),),
-        "activation_grad": activation_grad,
-        "input_grad": lambda c: (
-            row_product(pre_SP, w1_EHP, None, offsets, c, precision, transposed=True),
-        ),
-        "weight_grad": lambda c: (
-            weight_gradient(x_TH, pre_SP, offsets, c, precision, a_rows_S=token_idx_S),
-        ),
+        "activation_grad": back(x_SH, w2_EFH),
+        "input_grad": back(pre_SP, w1_EHP),
+        "weight_grad": lambda c: (weight_gradient(x_SH, pre_SP, offsets, c, precision),),
     }, precision

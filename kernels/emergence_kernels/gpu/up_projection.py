@@ -1,6 +1,6 @@
-"""Up projection: gather the tokens of every expert, multiply, add the bias, activate.
+"""Up projection: sorted rows times one weight per expert, plus its bias, activated.
 
-Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
+Letters: H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU),
 E experts, S routed rows sorted by expert.
 """
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
-from emergence_kernels.gpu.descriptors import can_describe, describe_weight, multiply_described
+from emergence_kernels.gpu.descriptors import can_describe, describe_factors, multiply_described
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import (
@@ -21,25 +21,24 @@ from emergence_kernels.gpu.tiles import (
     multiply_rows,
     tile_bound,
 )
-from emergence_kernels.permutation import Permutation
 
 
 @triton.jit
 def _product(
-    x_ptr, row_offsets, w1, expert, first_column, half, H: tl.constexpr, F: tl.constexpr,
-    P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-    TMA: tl.constexpr,
+    x_ptr, row, first_row, w1, expert, first_column, half, H: tl.constexpr, F: tl.constexpr,
+    P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Gathered tokens times columns from `half` (0 for gate, F for up) on of one expert."""
+    """Rows times columns from `half` (0 for gate, F for up) on of one expert."""
     if TMA:
         return multiply_described(
-            x_ptr, row_offsets, 0, w1, expert, half + first_column, H, True, False, BLOCK_N,
-            BLOCK_K, PRECISION, False,
+            x_ptr, first_row, w1, expert, half + first_column, H, False, BLOCK_M, BLOCK_N, BLOCK_K,
+            PRECISION, False,
         )  # fmt: skip
     else:
         column = half + (first_column + tl.arange(0, BLOCK_N)) % F
         w_ptr = w1 + expert * (H * P)
-        return multiply_rows(x_ptr, row_offsets, w_ptr, column, H, P, 1, BLOCK_K, PRECISION)
+        return multiply_rows(x_ptr, row * H, w_ptr, column, H, P, 1, BLOCK_K, PRECISION)
 
 
 @triton.jit
@@ -93,17 +92,15 @@ def _activate(
 
 @triton.jit
 def _up_projection_fwd_kernel(
-    x_ptr,  # (T, H) tokens, rows STRIDE_X apart
-    token_idx_ptr,  # (S,) int64: the token of every sorted row
+    x_ptr,  # (S, H) contiguous, rows sorted by expert; its descriptor if TMA
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    w1_ptr,  # (E, H, P) contiguous, its descriptor if TMA
+    w1_ptr,  # (E, H, P) contiguous; its descriptor if TMA
     b1_ptr,  # (E, P) contiguous, read if HAS_BIAS
     pre_ptr,  # (S, P) out: pre-activations
     act_ptr,  # (S, F) out: activations
     E: tl.constexpr,
     H: tl.constexpr,
     F: tl.constexpr,
-    STRIDE_X: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PART: tl.constexpr,
@@ -124,16 +121,16 @@ def _up_projection_fwd_kernel(
         tile_m, tile_n = grouped_order(tile, tiles_m, tiles_n, GROUP_M)
         expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
         row = first + tl.arange(0, BLOCK_M)
-        token = tl.load(token_idx_ptr + row, mask=row < end, other=0)
+        wide_row = tl.where(row < end, row, 0).to(tl.int64)
         pre = _product(
-            x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, BLOCK_N, BLOCK_K,
-            PRECISION, TMA,
+            x_ptr, wide_row, first, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, BLOCK_M, BLOCK_N,
+            BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
         up = pre
         if GATED:
             up = _product(
-                x_ptr, token * STRIDE_X, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, BLOCK_N,
-                BLOCK_K, PRECISION, TMA,
+                x_ptr, wide_row, first, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, BLOCK_M,
+                BLOCK_N, BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
         _activate(
             pre, up, b1_ptr, expert, pre_ptr, act_ptr, row, end, tile_n * BLOCK_N, F, GATED,
@@ -142,39 +139,39 @@ def _up_projection_fwd_kernel(
 
 
 def up_projection(
-    x_TH: Tensor,
+    x_SH: Tensor,
     w1_EHP: Tensor,
     b1_EP: Tensor | None,
-    permutation: Permutation,
+    expert_offsets: Tensor,
     activation: Activation,
     config: GemmConfig,
     precision: str,
 ) -> tuple[Tensor, Tensor]:
-    """Pre-activations (S, P) `x[token] @ w1[e] + b1[e]` and activations (S, F), sorted by expert.
+    """Pre-activations (S, P) `x[rows of e] @ w1[e] + b1[e]` and activations (S, F).
 
-    Bias and activation are applied to the fp32 accumulator; both results are rounded once.
+    `x_SH` is contiguous and sorted by expert. Bias and activation are applied to the fp32
+    accumulator; both results are rounded once.
     """
     num_experts, hidden, pre_width = w1_EHP.shape
     width = pre_width // 2 if activation == "swiglu" else pre_width
-    num_rows = permutation.token_idx.numel()
-    pre_SP = x_TH.new_empty(num_rows, pre_width)
-    act_SF = x_TH.new_empty(num_rows, width)
+    num_rows = len(x_SH)
+    pre_SP = x_SH.new_empty(num_rows, pre_width)
+    act_SF = x_SH.new_empty(num_rows, width)
     tiles = tile_bound(num_rows, num_experts, config.block_m) * cdiv(width, config.block_n)
-    tma = can_describe(config, w1_EHP)
+    tma = can_describe(config, x_SH, w1_EHP)
+    x, w1 = describe_factors(x_SH, w1_EHP, config) if tma else (x_SH, w1_EHP)
     launch(
         _up_projection_fwd_kernel,
-        (config.programs(tiles, x_TH.device),),
-        x_TH,
-        permutation.token_idx,
-        permutation.expert_offsets,
-        describe_weight(w1_EHP, config) if tma else w1_EHP,
+        (config.programs(tiles, x_SH.device),),
+        x,
+        expert_offsets,
+        w1,
         b1_EP,
         pre_SP,
         act_SF,
         E=num_experts,
         H=hidden,
         F=width,
-        STRIDE_X=x_TH.stride(0),
         GATED=activation == "swiglu",
         HAS_BIAS=b1_EP is not None,
         PART=512 * config.warps,  # 16 a thread: every target has the registers

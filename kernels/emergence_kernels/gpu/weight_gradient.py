@@ -7,33 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emergence_kernels.gpu.descriptors import can_describe, describe
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import cdiv, launch
-from emergence_kernels.gpu.tiles import grouped_order
-
-
-@triton.jit
-def _rows_of(rows_ptr, row, end, GATHER: tl.constexpr):
-    """Where sorted rows are found (BLOCK_K,) int64; what is behind `end` is not read."""
-    return tl.load(rows_ptr + row, mask=row < end, other=0) if GATHER else row.to(tl.int64)
+from emergence_kernels.gpu.tiles import accumulate, grouped_order
 
 
 @triton.jit
 def _weight_gradient_bwd_kernel(
-    a_ptr,  # rows of the left factor, (*, I), STRIDE_A apart
-    a_rows_ptr,  # (S,) int64: the row of every sorted row, read if GATHER_A
-    b_ptr,  # rows of the right factor, (*, O), STRIDE_B apart
-    b_rows_ptr,  # (S,) int64: the row of every sorted row, read if GATHER_B
+    a_ptr,  # (S, I) left factor, contiguous; its descriptor if TMA
+    b_ptr,  # (S, O) right factor, contiguous; its descriptor if TMA
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
     dw_ptr,  # (E, I, O) out
     E: tl.constexpr,
     I: tl.constexpr,  # noqa: E741
     O: tl.constexpr,  # noqa: E741
-    STRIDE_A: tl.constexpr,
-    STRIDE_B: tl.constexpr,
-    GATHER_A: tl.constexpr,
-    GATHER_B: tl.constexpr,
     PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -50,21 +40,26 @@ def _weight_gradient_bwd_kernel(
         i = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         o = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        row = start + tl.arange(0, BLOCK_K)
-        a_row = _rows_of(a_rows_ptr, row, end, GATHER_A)
-        b_row = _rows_of(b_rows_ptr, row, end, GATHER_B)
-        for _ in range(start, end, BLOCK_K):
+        if TMA:
+            last = end - (end - start) % BLOCK_K
+            for first in range(start, last, BLOCK_K):
+                a = a_ptr.load([first, tile_m * BLOCK_M])
+                b = b_ptr.load([first, tile_n * BLOCK_N])
+                accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION)
             # both factors: the next expert's rows may hold infinities, and infinity times 0 is NaN
-            mine = row < end
-            a_ptrs = a_ptr + a_row[None, :] * STRIDE_A + (i % I)[:, None]
-            b_ptrs = b_ptr + b_row[:, None] * STRIDE_B + (o % O)[None, :]
-            a = tl.load(a_ptrs, mask=mine[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=mine[:, None], other=0.0)
-            accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
-            # one round ahead: a load whose address waits for another load is not pipelined
-            row += BLOCK_K
-            a_row = _rows_of(a_rows_ptr, row, end, GATHER_A)
-            b_row = _rows_of(b_rows_ptr, row, end, GATHER_B)
+            mine = last + tl.arange(0, BLOCK_K) < end
+            a = tl.where(mine[:, None], a_ptr.load([last, tile_m * BLOCK_M]), 0.0)
+            b = tl.where(mine[:, None], b_ptr.load([last, tile_n * BLOCK_N]), 0.0)
+            accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION)
+        else:
+            for first in range(start, end, BLOCK_K):
+                row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+                mine = row < end
+                a_ptrs = a_ptr + row[None, :] * I + (i % I)[:, None]
+                b_ptrs = b_ptr + row[:, None] * O + (o % O)[None, :]
+                a = tl.load(a_ptrs, mask=mine[None, :], other=0.0)
+                b = tl.load(b_ptrs, mask=mine[:, None], other=0.0)
+                accumulator = accumulate(a, b, accumulator, PRECISION)
         tl.store(
             dw_ptr + expert.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :],
             accumulator.to(dw_ptr.dtype.element_ty),
@@ -73,40 +68,28 @@ def _weight_gradient_bwd_kernel(
 
 
 def weight_gradient(
-    a: Tensor,
-    b: Tensor,
-    expert_offsets: Tensor,
-    config: GemmConfig,
-    precision: str,
-    *,
-    a_rows_S: Tensor | None = None,
-    b_rows_S: Tensor | None = None,
+    a_SI: Tensor, b_SO: Tensor, expert_offsets: Tensor, config: GemmConfig, precision: str
 ) -> Tensor:
     """`a[rows of e].T @ b[rows of e]` (E, I, O) for every expert e, zero for no rows.
 
-    `a` (*, I) and `b` (*, O) are sorted by expert, or gathered through `a_rows_S` or `b_rows_S`
-    (S,) int64; their rows are contiguous.
+    Both are contiguous and sorted by expert.
     """
-    num_experts, inner, outer = len(expert_offsets) - 1, a.shape[1], b.shape[1]
-    dw_EIO = a.new_empty(num_experts, inner, outer)
+    num_experts, inner, outer = len(expert_offsets) - 1, a_SI.shape[1], b_SO.shape[1]
+    dw_EIO = a_SI.new_empty(num_experts, inner, outer)
     tiles = cdiv(inner, config.block_m) * cdiv(outer, config.block_n) * num_experts
+    tma = can_describe(config, a_SI, b_SO)
     launch(
         _weight_gradient_bwd_kernel,
-        (config.programs(tiles, a.device),),
-        a,
-        a_rows_S,
-        b,
-        b_rows_S,
+        (config.programs(tiles, a_SI.device),),
+        describe(a_SI, config.block_k, config.block_m) if tma else a_SI,
+        describe(b_SO, config.block_k, config.block_n) if tma else b_SO,
         expert_offsets,
         dw_EIO,
         E=num_experts,
         I=inner,
         O=outer,
-        STRIDE_A=a.stride(0),
-        STRIDE_B=b.stride(0),
-        GATHER_A=a_rows_S is not None,
-        GATHER_B=b_rows_S is not None,
         PRECISION=precision,
+        TMA=tma,
         **config.options(),
     )
     return dw_EIO
