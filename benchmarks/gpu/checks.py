@@ -1,6 +1,7 @@
 """The project's own tests and certificate on a GPU, with their logs kept."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,9 +19,9 @@ def tests(setting: Setting) -> Iterator[Fields]:
     """Run the tests of layer and kernels; the row has pytest's last lines."""
     patterns = TINY_TESTS if setting.tiny else TESTS
     files = [str(p) for pattern in patterns for p in sorted(REPOSITORY.glob(pattern))]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=40",
-               "-n", str(setting.workers), "--dist", "worksteal", "--no-header",
-               *files]  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--no-header",
+               "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", str(setting.workers),
+               "--dist", "worksteal", *files]  # fmt: skip
     yield _kept(command, "tests.log", setting)
 
 
@@ -44,17 +45,24 @@ def _kept(command: list[str], log: str, setting: Setting) -> Fields:
         "PYTHONUNBUFFERED": "1",
     }
     with path.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment
+        )
+        code: int | str
         try:
-            code: int | str = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment,
-                timeout=max(setting.deadline - time.time() - 3, 1), check=False,
-            ).returncode  # fmt: skip
+            code = process.wait(max(setting.deadline - time.time() - 10, 1))
         except subprocess.TimeoutExpired:
-            code = "timed out"
+            code = "out of time"
+            process.send_signal(signal.SIGINT)  # pytest then says what failed so far
+            try:
+                process.wait(8)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return {
         "command": " ".join(command[1:])[:200],
         "exit": code,
         "seconds": round(time.time() - started, 1),
-        "last_lines": lines[-12:],
+        "last_lines": lines[-25:],
     }

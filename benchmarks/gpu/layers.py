@@ -3,6 +3,7 @@
 Letters: T tokens, H model width, F expert width, E experts, K experts per token.
 """
 
+import concurrent.futures
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from benchmarks.results import Row
 from benchmarks.roofline import measure_rates
 from benchmarks.stopwatch import graph_median, host_seconds
 from benchmarks.workloads import Case, Shape, make_problem
+from emergence_kernels.processes import warm_processes
 
 DISPATCHERS = ("fused", "grouped", "sequential")
 CONTESTANTS = (*DISPATCHERS, "dense-floor", "hf-grouped_mm")
@@ -48,30 +50,36 @@ TINY = (Shape("tiny", 48, 16, 32, 4, 2, "for the rehearsal"),)
 
 
 def correctness(setting: Setting) -> Iterator[Fields]:
-    """Output and every gradient against the sequential path in fp64, as a multiple of its error."""
+    """Output and every gradient against the sequential path in fp64, as a multiple of its error.
+
+    Cases share the device but have a process each, since what takes long is compiling.
+    """
     dtypes = ("fp32",) if setting.device == "cpu" else ("bf16", "fp32", "fp16")
-    for shape in TINY if setting.tiny else CHECKED:
-        for dtype in dtypes:
-            problem = make_problem(Case(shape, "zipf", dtype), setting.device)
-            gate = Gate(problem)
-            for entry in ENTRIES:
-                if entry.name not in DISPATCHERS:
-                    continue
-                started = time.time()
-                row = {"shape": shape.name, "dtype": dtype, "path": entry.name}
-                try:
-                    contestant = entry.prepare(problem)
-                    found = evaluate(contestant.run, contestant.leaves, problem.dy_TH)
-                except Exception as error:  # noqa: BLE001 - a row of the table
-                    yield row | {
-                        "verdict": "error",
-                        "note": f"{type(error).__name__}: {error}"[:400],
-                    }
-                    if setting.device == "cuda":
-                        torch.cuda.synchronize()  # raises if the device is lost
-                    continue
-                verdict = gate.judge(contestant.canonical(found))
-                yield row | asdict(verdict) | {"first_s": round(time.time() - started, 2)}
+    shapes = TINY if setting.tiny else CHECKED
+    cases = [Case(shape, "zipf", dtype) for dtype in dtypes for shape in shapes]
+    context = warm_processes("torch", __name__)
+    with concurrent.futures.ProcessPoolExecutor(setting.workers, mp_context=context) as pool:
+        futures = [pool.submit(_correct, case, setting.device) for case in cases]
+        for future in concurrent.futures.as_completed(futures):
+            yield from future.result()
+
+
+def _correct(case: Case, device: str) -> list[Fields]:
+    problem = make_problem(case, device)
+    gate = Gate(problem)
+    rows = []
+    for entry in ENTRIES:
+        if entry.name not in DISPATCHERS:
+            continue
+        row: Fields = {"shape": case.shape.name, "dtype": case.dtype, "path": entry.name}
+        try:
+            contestant = entry.prepare(problem)
+            found = evaluate(contestant.run, contestant.leaves, problem.dy_TH)
+            row |= asdict(gate.judge(contestant.canonical(found)))
+        except Exception as error:  # noqa: BLE001 - a row of the table
+            row |= {"verdict": "error", "note": f"{type(error).__name__}: {error}"[:400]}
+        rows.append(row)
+    return rows
 
 
 def layers(setting: Setting) -> Iterator[Fields]:

@@ -34,31 +34,20 @@ TINY = (Shape("tiny", 48, 32, 64, 4, 1, "for the rehearsal"),)
 
 def variants(product: Product, rows: int) -> list[GemmConfig]:
     """Configurations worth a look for experts of `rows` rows."""
-    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 8), (128, 128, 4), (64, 256, 4)]
-    tiles += [(64, 256, 8), (128, 256, 8)]
+    tiles = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128, 128, 8), (64, 256, 8)]
+    tiles += [(64, 256, 4), (128, 256, 8)]
     if rows >= 256 or product == "weight_grad":
-        tiles += [(256, 64, 8), (256, 128, 8)]
-    found = []
+        tiles += [(256, 128, 8)]
+    found = [GemmConfig(128, 128, 64, 8, 3), GemmConfig(64, 128, 64, 4, 3)]
     for block_m, block_n, warps in tiles:
-        base = GemmConfig(block_m, block_n, 64, warps, 3)
+        base = GemmConfig(block_m, block_n, 64, warps, 3, tma=True)
         deep = dataclasses.replace(base, stages=4)
         found += [base, deep, dataclasses.replace(deep, persistent=True)]
-        per_thread = block_m * block_n / (32 * warps)
-        if per_thread <= 64:
-            # registers for 2 blocks of 8 warps, or 4 of 4, on a multiprocessor
-            found += [dataclasses.replace(base, registers=128)]
-            found += [dataclasses.replace(base, registers=128, stages=2)]
-        elif warps == 4 and per_thread <= 128:
-            found += [dataclasses.replace(base, registers=168)]
-        if block_m * block_n <= 128 * 128:
+        found += [dataclasses.replace(deep, stages=6)]
+        if product == "weight_grad":
             found += [dataclasses.replace(base, block_k=128, stages=2)]
-        if product != "weight_grad":
-            described = dataclasses.replace(deep, tma=True)
-            found += [dataclasses.replace(base, tma=True), described]
-            found += [dataclasses.replace(described, persistent=True)]
-            if product in ("down", "input_grad") and warps == 8:
-                found += [dataclasses.replace(described, persistent=True, specialize=True)]
-    return [c for c in found if (c.block_m + c.block_n) * c.block_k * 2 * c.stages <= 230_000]
+            found += [dataclasses.replace(base, block_k=128)]
+    return [c for c in found if (c.block_m + c.block_n) * c.block_k * 2 * c.stages <= 228_000]
 
 
 def sweep(setting: Setting) -> Iterator[Fields]:

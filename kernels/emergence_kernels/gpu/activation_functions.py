@@ -9,15 +9,20 @@ import triton.language as tl
 
 @triton.jit
 def gelu_tanh(x):
-    """GPT-2's GELU and its derivative. `0.5 (1 + tanh u)` is written as `sigmoid(2u)`.
+    """GPT-2's GELU and its derivative. `0.5 (1 + tanh u)` is written as `gate = 1 / (1 + t)` with
+    `t = exp(-2u)`, and `1 - gate` as `t * gate`.
 
     The derivative multiplies `1 - gate` by numbers of order ten; as a difference from one it would
-    lose more than torch's derivative does.
+    lose more than torch's derivative does. Below the clamp `gate` is under 1e-34, and `t` finite.
     """
-    u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    gate = tl.sigmoid(u)
-    slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-    return x * gate, gate + x * gate * tl.sigmoid(-u) * slope
+    square = x * x
+    # in powers of two, what the hardware has: 1.5957691216057308 * log2(e)
+    u = tl.maximum(x * (2.302208198 + 0.102943240 * square), -115.0)
+    t = tl.exp2(-u)
+    gate = 1.0 / (1.0 + t)
+    act = x * gate
+    slope = 1.5957691216057308 + 0.214064449 * square
+    return act, gate + act * (t * gate) * slope
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from emergence_kernels.permutation import Permutation
 
 ROWS_PER_TILE = 64
 _COLUMNS_PER_TILE = 128
+_WARPS = 8
 
 
 class ActivationGradient(NamedTuple):
@@ -160,6 +161,6 @@ def activation_gradient(
         E_PAD=next_power_of_2(num_experts),
         BLOCK_M=ROWS_PER_TILE,
         BLOCK_N=_COLUMNS_PER_TILE,
-        num_warps=8,
+        num_warps=_WARPS,
     )
     return result

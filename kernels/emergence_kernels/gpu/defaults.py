@@ -73,6 +73,8 @@ def default_plan(
         base = GemmConfig(min(rows, 64), 64, 16, warps=4, stages=2 if target.is_amd else 3)
         up = dataclasses.replace(base, block_n=32) if gated else base
         return GemmPlan(up, base, base, base, dataclasses.replace(base, block_m=64))
+    if target.name == "sm_90" and dtype.itemsize == 2:
+        return _hopper_plan(bucket, gated=gated)
     block_k = 32 if dtype == torch.float32 or target.is_amd else 64
     stages = 2 if target.is_amd else 3
     wide = GemmConfig(rows, 128, block_k, warps=8 if rows > 64 else 4, stages=stages)
@@ -84,6 +86,18 @@ def default_plan(
     up = dataclasses.replace(wide, block_n=64) if gated else wide
     plan = (up, narrow, wide, narrow, weight)
     return GemmPlan(*(_shortened(config, target, dtype) for config in plan))
+
+
+def _hopper_plan(bucket: int, *, gated: bool) -> GemmPlan:
+    """What was fastest on an H200 (`docs/results/h200`), of 16-bit factors."""
+    small = GemmConfig(64, 128, 64, warps=4, stages=4, tma=True)
+    large = GemmConfig(128, 256, 64, warps=8, stages=4, tma=True)
+    square = GemmConfig(128, 128, 64, warps=8, stages=4, tma=True)
+    if bucket <= 64:
+        up = dataclasses.replace(small, block_n=64) if gated else small
+        return GemmPlan(up, small, small, small, square)
+    narrow = small if bucket <= 256 else large
+    return GemmPlan(square if gated else large, narrow, large, narrow, square)
 
 
 def _shortened(config: GemmConfig, target: Target, dtype: torch.dtype) -> GemmConfig:

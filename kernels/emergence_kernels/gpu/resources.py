@@ -28,6 +28,7 @@ from emergence_kernels.gpu.recording import (
     BUCKETS,
     DTYPES,
     Case,
+    H,
     candidate_launches,
     launches,
     product_of,
@@ -83,7 +84,7 @@ class Compilation:
         name = name.removeprefix("_").removesuffix("_kernel")
         product = product_of(self.launch)
         if product == "weight_grad":
-            return f"{name} ({'w1' if self.launch.options['GATHER_A'] else 'w2'})"
+            return f"{name} ({'w1' if self.launch.options['I'] == H else 'w2'})"
         return f"{name} ({product})" if name.startswith("row_product") else name
 
     def _config(self) -> str:
