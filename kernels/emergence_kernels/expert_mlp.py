@@ -14,6 +14,7 @@ The two registered operators, `emergence::expert_mlp` and `emergence::expert_mlp
 the path by device and dtype and are opaque to `torch.compile`.
 """
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from emergence_kernels import expert_mlp_loop
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.gemm_config import GemmPlan
-from emergence_kernels.operators import define, differentiate, triton_is_installed
+from emergence_kernels.operators import define, triton_is_installed
 from emergence_kernels.permutation import Permutation
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -118,22 +119,6 @@ def _fake_gradients(
     ]
 
 
-_ROUTING = "Tensor perm, Tensor inv_perm, Tensor token_idx, Tensor expert_offsets"
-_WEIGHTS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
-_expert_mlp = define(
-    f"expert_mlp(Tensor x, Tensor weights, {_WEIGHTS}, {_ROUTING}, str activation, str plan)"
-    " -> (Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-)
-_expert_mlp_backward = define(
-    f"expert_mlp_backward(Tensor dy, Tensor x, Tensor weights, {_WEIGHTS}, Tensor pre, {_ROUTING},"
-    " str activation, str plan, bool[] wanted) -> Tensor[]",
-    _gradients,
-    _fake_gradients,
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.activation, ctx.plan = inputs
     _, pre_SP = output
@@ -156,7 +141,21 @@ def _backward(ctx: Any, dy_TH: Tensor | None, _: None) -> tuple[Tensor | None, .
     return tuple(gradients)
 
 
-differentiate("expert_mlp", _backward, _setup_context)
+_ROUTING = "Tensor perm, Tensor inv_perm, Tensor token_idx, Tensor expert_offsets"
+_WEIGHTS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
+_expert_mlp = define(
+    f"expert_mlp(Tensor x, Tensor weights, {_WEIGHTS}, {_ROUTING}, str activation, str plan)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    (_backward, _setup_context),
+)
+_expert_mlp_backward = define(
+    f"expert_mlp_backward(Tensor dy, Tensor x, Tensor weights, {_WEIGHTS}, Tensor pre, {_ROUTING},"
+    " str activation, str plan, bool[] wanted) -> Tensor[]",
+    _gradients,
+    _fake_gradients,
+)
 
 
 def expert_mlp(
@@ -184,12 +183,13 @@ def expert_mlp(
     Under autocast everything but the routing weights is cast to the autocast dtype first, unless
     it is fp64, as autocast does for a matrix product. Differentiable once in every floating input.
     """
-    if x_TH.dtype != torch.float64 and torch.is_autocast_enabled(x_TH.device.type):
+    autocast = torch.is_autocast_enabled(x_TH.device.type)
+    if autocast and x_TH.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(x_TH.device.type)
         x_TH, w1_EHP, w2_EFH = x_TH.to(dtype), w1_EHP.to(dtype), w2_EFH.to(dtype)
         b1_EP = None if b1_EP is None else b1_EP.to(dtype)
         b2_EH = None if b2_EH is None else b2_EH.to(dtype)
-    with torch.autocast(x_TH.device.type, enabled=False):
+    with torch.autocast(x_TH.device.type, enabled=False) if autocast else nullcontext():
         y_TH: Tensor = _expert_mlp(
             x_TH,
             topk_weights_TK,

@@ -1,7 +1,8 @@
-"""Registration of the operators with torch, so that `torch.compile` sees each as one opaque step.
+"""Operators that `torch.compile` sees as one opaque step, and that cost little where nothing looks.
 
-`torch.library.Library` rather than `torch.library.custom_op`: half the overhead of a call, and
-nothing that imports the compiler before anything is compiled.
+Registered with `torch.library.Library`, a call passes the dispatcher several times, each time from
+Python to C++ and back: more than ten launches' worth. Only compilers, modes, transforms and tensor
+subclasses need that; plain tensors go straight to the implementation.
 """
 
 import importlib.util
@@ -15,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("emergence", "FRAGMENT")
 
+Backward = Callable[..., tuple[Tensor | None, ...]]
+SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
+
 
 @cache
 def triton_is_installed() -> bool:
@@ -23,31 +27,66 @@ def triton_is_installed() -> bool:
 
 
 def define(
-    schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    gradient: tuple[Backward, SetupContext] | None = None,
 ) -> Callable[..., Any]:
-    """Register `emergence::<schema>` and return the callable operator.
+    """Register `emergence::<schema>` and return a callable that takes the shortest way to it.
 
     Args:
         schema: name, arguments and results in torch's schema language.
         implementation: computes the results on any device; must not return its arguments.
         fake: gives results of the right shape, dtype and device without computing.
+        gradient: `backward` and `setup_context` as of `torch.autograd.Function`; the latter saves
+            what the former needs. Differentiating the gradient again is an error.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emergence::{name}", fake, lib=_LIBRARY)
-    operator: Callable[..., Any] = getattr(torch.ops.emergence, name).default
+    direct = implementation
+    if gradient is not None:
+        backward, setup_context = once_differentiable(gradient[0]), gradient[1]
+        torch.library.register_autograd(
+            f"emergence::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+        )
+        direct = _function(name, implementation, backward, setup_context).apply
+    registered = getattr(torch.ops.emergence, name).default
+
+    def operator(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched() or not _are_plain(arguments):
+            return registered(*arguments)
+        return direct(*arguments)
+
     return operator
 
 
-def differentiate(
-    name: str,
-    backward: Callable[..., tuple[Tensor | None, ...]],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
-) -> None:
-    """Give the operator `name` a gradient, as `torch.autograd.Function` would: `setup_context`
-    saves what `backward` needs. Differentiating the gradient again is an error."""
-    once = once_differentiable(backward)
-    torch.library.register_autograd(
-        f"emergence::{name}", once, setup_context=setup_context, lib=_LIBRARY
+def _function(
+    name: str, implementation: Callable[..., Any], backward: Backward, setup_context: SetupContext
+) -> Any:
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = implementation(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(name, (torch.autograd.Function,), members)
+
+
+def _is_watched() -> bool:
+    """Whether a mode, a transform or a tracer has to see every operator."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
+
+
+def _are_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether every tensor is one of torch's own, with memory."""
+    return all(
+        type(a) in (Tensor, torch.nn.Parameter) and not a.is_meta
+        for a in arguments
+        if isinstance(a, Tensor)
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emergence_kernels.operators import define, differentiate, triton_is_installed
+from emergence_kernels.operators import define, triton_is_installed
 
 
 class Routing(NamedTuple):
@@ -136,21 +136,6 @@ def _through_softmax(probs_TE: Tensor, grad_TE: Tensor) -> Tensor:
     return probs_TE * (grad_TE - (probs_TE * grad_TE).sum(dim=-1, keepdim=True))
 
 
-_route = define(
-    "route(Tensor logits, int top_k, Tensor? noise, Tensor? expert_bias)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _fake_forward,
-)
-_route_backward = define(
-    "route_backward(Tensor probs, Tensor noisy, Tensor experts, Tensor weights, Tensor logsumexp,"
-    " Tensor? dprobs, Tensor? dnoisy, Tensor? dweights, Tensor? dlogsumexp, Tensor? dprob_sums,"
-    " Tensor? dz_sum) -> Tensor",
-    _gradient,
-    lambda probs_TE, *_: torch.empty_like(probs_TE),
-)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     probs, noisy, experts, weights, logsumexp, counts, _, _ = output
     ctx.mark_non_differentiable(experts, counts)
@@ -166,7 +151,20 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return _route_backward(*ctx.saved_tensors, *wanted), None, None, None
 
 
-differentiate("route", _backward, _setup_context)
+_route = define(
+    "route(Tensor logits, int top_k, Tensor? noise, Tensor? expert_bias)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    (_backward, _setup_context),
+)
+_route_backward = define(
+    "route_backward(Tensor probs, Tensor noisy, Tensor experts, Tensor weights, Tensor logsumexp,"
+    " Tensor? dprobs, Tensor? dnoisy, Tensor? dweights, Tensor? dlogsumexp, Tensor? dprob_sums,"
+    " Tensor? dz_sum) -> Tensor",
+    _gradient,
+    lambda probs_TE, *_: torch.empty_like(probs_TE),
+)
 
 
 def route(

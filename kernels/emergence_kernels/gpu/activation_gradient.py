@@ -26,8 +26,8 @@ from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
 from emergence_kernels.permutation import Permutation
 
 ROWS_PER_TILE = 64
-_COLUMNS_PER_TILE = 128
-_WARPS = 8
+_COLUMNS_PER_TILE = 64
+_WARPS = 4
 
 
 class ActivationGradient(NamedTuple):

@@ -89,15 +89,24 @@ def default_plan(
 
 
 def _hopper_plan(bucket: int, *, gated: bool) -> GemmPlan:
-    """What was fastest on an H200 (`docs/results/h200`), of 16-bit factors."""
-    small = GemmConfig(64, 128, 64, warps=4, stages=4, tma=True)
-    large = GemmConfig(128, 256, 64, warps=8, stages=4, tma=True)
-    square = GemmConfig(128, 128, 64, warps=8, stages=4, tma=True)
-    if bucket <= 64:
-        up = dataclasses.replace(small, block_n=64) if gated else small
-        return GemmPlan(up, small, small, small, square)
-    narrow = small if bucket <= 256 else large
-    return GemmPlan(square if gated else large, narrow, large, narrow, square)
+    """What was fastest on an H200 (`docs/results/h200`), for 16-bit factors.
+
+    Two blocks of 128x128 share a multiprocessor where the epilogue takes long; elsewhere one of
+    128x256 reads less. Few rows make many short products, whose loads need a deep pipeline. The
+    weight's gradient has tails of rows, which a descriptor cannot leave out; it pays from 1,024 on.
+    """
+    wide = GemmConfig(128, 128, 64, warps=8, stages=3, tma=True)
+    deep = GemmConfig(64, 128, 64, warps=4, stages=6, tma=True)
+    large = GemmConfig(128, 256, 64, warps=8, stages=4, tma=True, persistent=True)
+    weight = dataclasses.replace(wide, tma=False)
+    if bucket >= 1024:
+        weight = dataclasses.replace(wide, warps=4)
+    if bucket >= 512:
+        return GemmPlan(wide, large, large, large, weight)
+    if bucket > 64:
+        return GemmPlan(wide, deep, wide, deep, weight)
+    up = GemmConfig(64, 64 if gated else 128, 64, warps=4, stages=4, tma=True)
+    return GemmPlan(up, deep, up, deep, weight)
 
 
 def _shortened(config: GemmConfig, target: Target, dtype: torch.dtype) -> GemmConfig:

@@ -7,6 +7,8 @@ CUDA graph keeps them and no workspace is needed.
 Letters: E experts, I and O the weight's two widths, S routed rows sorted by expert.
 """
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -16,14 +18,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from emergence_kernels.gpu.gemm_config import GemmConfig
 
 
+@cache
+def _has_accelerator(device: torch.device) -> bool:
+    if device.type != "cuda":  # the interpreter and compilations for absent devices
+        return not torch.version.hip
+    return not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
+
+
 def can_describe(config: GemmConfig, *tensors: Tensor) -> bool:
     """Whether `config` asks for descriptors and the tensors (contiguous) and their device can
     have them: sm_90 or later, and 16-byte aligned rows."""
     if not config.tma:
         return False
-    device = tensors[0].device
-    has_hopper = device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-    if torch.version.hip or not has_hopper:
+    if not _has_accelerator(tensors[0].device):
         return False
     aligned = [t.data_ptr() % 16 == 0 and t.shape[-1] * t.itemsize % 16 == 0 for t in tensors]
     return all(aligned) and all(tensor.numel() for tensor in tensors)
