@@ -4,12 +4,12 @@ from benchmarks.gpu import checks, layers, sweep, training
 from benchmarks.gpu.program import Stage
 
 STAGES = (
-    Stage("correctness", layers.correctness, 45),
-    Stage("taken-apart", layers.taken_apart, 20),
-    Stage("sweep", sweep.sweep, 110),
-    Stage("tests", checks.tests, 100),
     Stage("layers", layers.layers, 60),
+    Stage("taken-apart", layers.taken_apart, 15),
+    Stage("correctness", layers.correctness, 40),
     Stage("training", training.steps, 60),
+    Stage("tests", checks.tests, 110),
+    Stage("sweep", sweep.sweep, 60),
     Stage("certificate", checks.certificate, 90),
 )
 """In seconds of a machine with 16 cores."""

@@ -103,10 +103,8 @@ def _hopper_plan(bucket: int, *, gated: bool) -> GemmPlan:
         weight = dataclasses.replace(wide, warps=4)
     if bucket >= 512:
         return GemmPlan(wide, large, large, large, weight)
-    if bucket > 64:
-        return GemmPlan(wide, deep, wide, deep, weight)
-    up = GemmConfig(64, 64 if gated else 128, 64, warps=4, stages=4, tma=True)
-    return GemmPlan(up, deep, up, deep, weight)
+    up = GemmConfig(64, 64 if gated else 128, 64, warps=4, stages=3, tma=True)
+    return GemmPlan(up, deep, wide if bucket > 64 else deep, deep, weight)
 
 
 def _shortened(config: GemmConfig, target: Target, dtype: torch.dtype) -> GemmConfig:

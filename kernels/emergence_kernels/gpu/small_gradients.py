@@ -14,7 +14,7 @@ from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
 from emergence_kernels.permutation import Permutation
 
-_ROWS_PER_TILE = 16
+_ROWS_PER_TILE = 64
 
 
 @triton.jit
@@ -81,8 +81,8 @@ def output_bias_gradient(
         H=hidden,
         E_PAD=next_power_of_2(num_experts),
         BLOCK_M=_ROWS_PER_TILE,
-        BLOCK_H=min(next_power_of_2(hidden), 1024),
-        num_warps=8,
+        BLOCK_H=64,
+        num_warps=4,
     )
     db2_EH = sum_of_tiles(db2_MH, permutation.expert_offsets, _ROWS_PER_TILE, b2_EH.dtype)
     return db2_EH, dscale_S

@@ -52,17 +52,36 @@ def grouped_order(tile, num_tiles_m, num_tiles_n, GROUP_M: tl.constexpr):
     return first_m + within % group_size, within // group_size
 
 
-@triton.jit
-def accumulate(a, b, accumulator, PRECISION: tl.constexpr):
-    """`accumulator + a @ b` in fp32.
+CHAIN = tl.constexpr(128)
+"""How many products are added one after another in fp32 where there are no matrix units.
 
-    Without matrix units a product is a chain of additions as long as K; a sum of short chains is
-    nearer to the exact one (pairwise summation).
-    """
-    if a.dtype == tl.float32 and PRECISION == "ieee":
-        return accumulator + tl.dot(a, b, input_precision=PRECISION)
-    else:
-        return tl.dot(a, b, accumulator, input_precision=PRECISION)
+There a product is a chain of roundings, whose error grows with its length; a sum of short chains is
+nearer to the exact one.
+"""
+
+
+@triton.jit
+def _multiply_chain(
+    a_ptr, row_offsets, w_ptr, columns, first, last, K: tl.constexpr, STRIDE_K: tl.constexpr,
+    STRIDE_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`multiply_rows` from `first` to `last` of K."""
+    k = tl.arange(0, BLOCK_K)
+    a_ptrs = a_ptr + row_offsets[:, None] + (first + k)[None, :]
+    w_ptrs = w_ptr + (first + k)[:, None] * STRIDE_K + columns[None, :] * STRIDE_N
+    accumulator = tl.zeros((row_offsets.shape[0], columns.shape[0]), dtype=tl.float32)
+    for start in range(first, last, BLOCK_K):
+        if K % BLOCK_K == 0:
+            a = tl.load(a_ptrs)
+            w = tl.load(w_ptrs)
+        else:
+            # both factors: what lies behind the last element may be NaN, and NaN times 0 is NaN
+            a = tl.load(a_ptrs, mask=k[None, :] < K - start, other=0.0)
+            w = tl.load(w_ptrs, mask=k[:, None] < K - start, other=0.0)
+        accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION)
+        a_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * STRIDE_K
+    return accumulator
 
 
 @triton.jit
@@ -78,22 +97,18 @@ def multiply_rows(
     PRECISION: tl.constexpr,
 ):
     """(BLOCK_M, BLOCK_N) fp32: rows times columns of one weight."""
-    k = tl.arange(0, BLOCK_K)
-    a_ptrs = a_ptr + row_offsets[:, None] + k[None, :]
-    w_ptrs = w_ptr + k[:, None] * STRIDE_K + columns[None, :] * STRIDE_N
-    accumulator = tl.zeros((row_offsets.shape[0], columns.shape[0]), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            a = tl.load(a_ptrs)
-            w = tl.load(w_ptrs)
-        else:
-            # both factors: what lies behind the last element may be NaN, and NaN times 0 is NaN
-            a = tl.load(a_ptrs, mask=k[None, :] < K - start, other=0.0)
-            w = tl.load(w_ptrs, mask=k[:, None] < K - start, other=0.0)
-        accumulator = accumulate(a, w, accumulator, PRECISION)
-        a_ptrs += BLOCK_K
-        w_ptrs += BLOCK_K * STRIDE_K
-    return accumulator
+    if a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+        accumulator = tl.zeros((row_offsets.shape[0], columns.shape[0]), dtype=tl.float32)
+        for first in range(0, K, CHAIN):
+            accumulator += _multiply_chain(
+                a_ptr, row_offsets, w_ptr, columns, first, tl.minimum(first + CHAIN, K), K,
+                STRIDE_K, STRIDE_N, BLOCK_K, PRECISION,
+            )  # fmt: skip
+        return accumulator
+    else:
+        return _multiply_chain(
+            a_ptr, row_offsets, w_ptr, columns, 0, K, K, STRIDE_K, STRIDE_N, BLOCK_K, PRECISION
+        )
 
 
 @triton.jit

@@ -10,7 +10,25 @@ from torch import Tensor
 from emergence_kernels.gpu.descriptors import can_describe, describe
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import cdiv, launch
-from emergence_kernels.gpu.tiles import accumulate, grouped_order
+from emergence_kernels.gpu.tiles import CHAIN, grouped_order
+
+
+@triton.jit
+def _sum_of_rows(
+    a_ptr, b_ptr, start, end, i, o, I: tl.constexpr, O: tl.constexpr,  # noqa: E741
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Columns `i` of the left factor, transposed, times columns `o` of the right one, in fp32."""
+    accumulator = tl.zeros((i.shape[0], o.shape[0]), dtype=tl.float32)
+    for first in range(start, end, BLOCK_K):
+        # both factors: the next expert's rows may hold infinities, and infinity times 0 is NaN
+        row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
+        a_ptrs = a_ptr + row[None, :] * I + i[:, None]
+        b_ptrs = b_ptr + row[:, None] * O + o[None, :]
+        a = tl.load(a_ptrs, mask=(row < end)[None, :], other=0.0)
+        b = tl.load(b_ptrs, mask=(row < end)[:, None], other=0.0)
+        accumulator = tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return accumulator
 
 
 @triton.jit
@@ -46,20 +64,21 @@ def _weight_gradient_bwd_kernel(
                 a = a_ptr.load([first, tile_m * BLOCK_M])
                 b = b_ptr.load([first, tile_n * BLOCK_N])
                 accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION)
-            # both factors: the next expert's rows may hold infinities, and infinity times 0 is NaN
+            # as in `_sum_of_rows`, of the next expert's rows nothing may come in
             mine = last + tl.arange(0, BLOCK_K) < end
             a = tl.where(mine[:, None], a_ptr.load([last, tile_m * BLOCK_M]), 0.0)
             b = tl.where(mine[:, None], b_ptr.load([last, tile_n * BLOCK_N]), 0.0)
             accumulator = tl.dot(a.T, b, accumulator, input_precision=PRECISION)
+        elif a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+            for first in range(start, end, CHAIN):
+                last = tl.minimum(first + CHAIN, end)
+                accumulator += _sum_of_rows(
+                    a_ptr, b_ptr, first, last, i % I, o % O, I, O, BLOCK_K, PRECISION
+                )
         else:
-            for first in range(start, end, BLOCK_K):
-                row = (first + tl.arange(0, BLOCK_K)).to(tl.int64)
-                mine = row < end
-                a_ptrs = a_ptr + row[None, :] * I + (i % I)[:, None]
-                b_ptrs = b_ptr + row[:, None] * O + (o % O)[None, :]
-                a = tl.load(a_ptrs, mask=mine[None, :], other=0.0)
-                b = tl.load(b_ptrs, mask=mine[:, None], other=0.0)
-                accumulator = accumulate(a, b, accumulator, PRECISION)
+            accumulator = _sum_of_rows(
+                a_ptr, b_ptr, start, end, i % I, o % O, I, O, BLOCK_K, PRECISION
+            )
         tl.store(
             dw_ptr + expert.to(tl.int64) * (I * O) + i[:, None] * O + o[None, :],
             accumulator.to(dw_ptr.dtype.element_ty),
