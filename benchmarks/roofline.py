@@ -63,7 +63,9 @@ def measure_rates(device: str, dtype: str) -> Rates:
     edge, copied = (1024, 2**27)
     if device == "cuda":
         edge, copied = (4096 if dtype == "fp32" else 8192, 2**30)
-    a, b = (torch.randn(edge, edge, device=device).to(DTYPES[dtype]) for _ in range(2))
+    # drawn on the CPU: a capture that failed leaves CUDA's generator unusable
+    piece = torch.randn(1024, 1024).to(device, DTYPES[dtype])
+    a, b = (piece.repeat(edge // 1024, edge // 1024) for _ in range(2))
     source = torch.zeros(copied, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     product_s = _best_seconds(lambda: torch.mm(a, b), device)

@@ -156,7 +156,7 @@ def _capture(work: Work) -> torch.cuda.CUDAGraph | None:
             for _ in range(3):
                 work()
     except RuntimeError as error:
-        logger.debug("no graph: %s", error)
+        logger.info("no CUDA graph: %s", str(error).partition("\n")[0])
         return None
     finally:
         torch.cuda.set_sync_debug_mode(mode)
@@ -167,7 +167,7 @@ def _capture(work: Work) -> torch.cuda.CUDAGraph | None:
         with torch.cuda.graph(graph):
             work()
     except RuntimeError as error:
-        logger.debug("no graph: %s", error)
+        logger.info("no CUDA graph: %s", str(error).partition("\n")[0])
         torch.cuda.synchronize()
         return None
     return graph

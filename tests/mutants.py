@@ -15,6 +15,7 @@ TESTS_OF_FILE = {
     # those that are closest to the file come first
     "gpu/tiles.py": (PARTS, PRODUCTS, GRADIENTS, WHOLE),
     "gpu/activation_functions.py": (PARTS, WHOLE),
+    "gpu/gather.py": (PRODUCTS, WHOLE),
     "gpu/up_projection.py": (PRODUCTS, WHOLE),
     "gpu/row_product.py": (PRODUCTS, WHOLE),
     "gpu/combine.py": (PRODUCTS, WHOLE),
@@ -25,7 +26,7 @@ TESTS_OF_FILE = {
     "gpu/descriptors.py": ("tests/test_kernels_descriptors.py",),
     "gpu/routing.py": ("tests/test_kernels_routing.py",),
     "gpu/routing_gradient.py": ("tests/test_kernels_routing.py",),
-    "gpu/permutation.py": ("tests/test_kernels_routing.py",),
+    "gpu/permutation.py": ("tests/test_kernels_ops.py", "tests/test_kernels_routing.py"),
 }
 LOOP_TESTS = ("tests/test_kernels_ops.py", "tests/test_moe_dispatch.py")
 
@@ -111,6 +112,38 @@ TILES = [
         "accumulator = tl.dot(a, w, accumulator, input_precision=PRECISION)"
         ".to(a.dtype).to(tl.float32)",
     ),
+    Mutation(
+        "chains-of-the-reduction-overlap",
+        "gpu/tiles.py",
+        "tl.minimum(first + STEP, K)",
+        "K",
+    ),
+]
+GATHER = [
+    Mutation(
+        "gather-no-row-mask",
+        "gpu/gather.py",
+        "(row < num_rows)[:, None] & (h < H)[None, :]",
+        "(row >= 0)[:, None] & (h < H)[None, :]",
+    ),
+    Mutation(
+        "gather-no-column-mask",
+        "gpu/gather.py",
+        "(row < num_rows)[:, None] & (h < H)[None, :]",
+        "(row < num_rows)[:, None] & (h >= 0)[None, :]",
+    ),
+    Mutation(
+        "gather-rows-taken-for-contiguous",
+        "gpu/gather.py",
+        "STRIDE_X=x_TH.stride(0)",
+        "STRIDE_X=hidden",
+    ),
+    Mutation(
+        "gather-32-bit-offset-of-the-token",
+        "gpu/gather.py",
+        "x_ptr + token[:, None] * STRIDE_X",
+        "x_ptr + token.to(tl.int32)[:, None] * STRIDE_X",
+    ),
 ]
 UP_PROJECTION = [
     Mutation(
@@ -157,10 +190,10 @@ UP_PROJECTION = [
         "wide_row = row[:, None]",
     ),
     Mutation(
-        "up-32-bit-offset-of-the-token",
+        "up-32-bit-offset-of-the-row",
         "gpu/up_projection.py",
-        "token = tl.load(token_idx_ptr + row, mask=row < end, other=0)",
-        "token = tl.load(token_idx_ptr + row, mask=row < end, other=0).to(tl.int32)",
+        "tl.where(row < end, row, 0).to(tl.int64)",
+        "tl.where(row < end, row, 0)",
     ),
     Mutation(
         "up-persistent-programs-skip-tiles",
@@ -260,10 +293,16 @@ ACTIVATION_GRADIENT = [
         "act",
     ),
     Mutation(
-        "through-other-rows-not-masked-out",
+        "through-no-row-tail-mask",
         "gpu/activation_gradient.py",
-        "dact = tl.where(inside, dact, 0.0)",
-        "dact = dact + 0.0",
+        "inside = (row < end)[:, None] & (column < F)[None, :]",
+        "inside = (row >= 0)[:, None] & (column < F)[None, :]",
+    ),
+    Mutation(
+        "through-no-column-mask",
+        "gpu/activation_gradient.py",
+        "inside = (row < end)[:, None] & (column < F)[None, :]",
+        "inside = (row < end)[:, None] & (column >= 0)[None, :]",
     ),
     Mutation(
         "through-gates-slope-without-the-up-half",
@@ -284,16 +323,10 @@ ACTIVATION_GRADIENT = [
         "tile_m.to(tl.int64) * P + column",
     ),
     Mutation(
-        "through-slot-for-token",
+        "through-weight-of-the-sorted-row-not-of-its-slot",
         "gpu/activation_gradient.py",
-        "slot // K * STRIDE_DY, w2_ptr + expert",
-        "slot * STRIDE_DY, w2_ptr + expert",
-    ),
-    Mutation(
-        "through-32-bit-offset-of-the-token",
-        "gpu/activation_gradient.py",
-        "slot // K * STRIDE_DY, w2_ptr + expert",
-        "(slot // K).to(tl.int32) * STRIDE_DY, w2_ptr + expert",
+        "weights_ptr + slot, mask",
+        "weights_ptr + row, mask",
     ),
     Mutation(
         "through-32-bit-offset-of-the-row",
@@ -302,30 +335,24 @@ ACTIVATION_GRADIENT = [
         "wide_row = row[:, None]",
     ),
     Mutation(
-        "through-32-bit-offset-of-the-weight",
-        "gpu/activation_gradient.py",
-        "w2_ptr + expert * (F * H)",
-        "w2_ptr + expert.to(tl.int32) * (F * H)",
-    ),
-    Mutation(
         "through-column-tiles-share-one-row-of-partial-sums",
         "gpu/activation_gradient.py",
         "dscale_ptr + tile_n.to(tl.int64) * num_rows + row",
         "dscale_ptr + row",
     ),
     Mutation(
-        "through-halves-of-a-tile-in-the-wrong-order",
+        "through-gradient-in-memory-of-its-own",
         "gpu/activation_gradient.py",
-        "left, right = halves(dact)",
-        "right, left = halves(dact)",
+        "dact_SF if not gated else torch.empty_like(pre_SP)",
+        "torch.empty_like(pre_SP)",
     ),
 ]
 WEIGHT_GRADIENT = [
     Mutation(
         "dW-one-row-of-the-next-expert",
         "gpu/weight_gradient.py",
-        "mine = row < end",
-        "mine = row < end + 1",
+        "tl.load(expert_offsets_ptr + expert + 1)",
+        "tl.load(expert_offsets_ptr + expert + 1) + 1",
     ),
     Mutation(
         "dW-nothing-written-for-an-expert-without-rows",
@@ -334,16 +361,52 @@ WEIGHT_GRADIENT = [
         "mask=(i < I)[:, None] & (o < O)[None, :] & (start < end)",
     ),
     Mutation(
-        "dW-right-factor-not-gathered",
-        "gpu/weight_gradient.py",
-        "GATHER_B=b_rows_S is not None",
-        "GATHER_B=False",
-    ),
-    Mutation(
         "dW-left-factors-tail-rows-not-masked",
         "gpu/weight_gradient.py",
-        "a = tl.load(a_ptrs, mask=mine[None, :], other=0.0)",
+        "a = tl.load(a_ptrs, mask=(row < end)[None, :], other=0.0)",
         "a = tl.load(a_ptrs)",
+    ),
+    Mutation(
+        "dW-right-factors-tail-rows-not-masked",
+        "gpu/weight_gradient.py",
+        "b = tl.load(b_ptrs, mask=(row < end)[:, None], other=0.0)",
+        "b = tl.load(b_ptrs)",
+    ),
+    Mutation(
+        "dW-described-left-factors-tail-rows-not-masked",
+        "gpu/weight_gradient.py",
+        "tl.where(mine[:, None], a_ptr.load([last, tile_m * BLOCK_M]), 0.0)",
+        "a_ptr.load([last, tile_m * BLOCK_M])",
+    ),
+    Mutation(
+        "dW-described-right-factors-tail-rows-not-masked",
+        "gpu/weight_gradient.py",
+        "tl.where(mine[:, None], b_ptr.load([last, tile_n * BLOCK_N]), 0.0)",
+        "b_ptr.load([last, tile_n * BLOCK_N])",
+    ),
+    Mutation(
+        "dW-described-tail-one-row-short",
+        "gpu/weight_gradient.py",
+        "mine = last + tl.arange(0, BLOCK_K) < end",
+        "mine = last + tl.arange(0, BLOCK_K) < end - 1",
+    ),
+    Mutation(
+        "dW-described-blocks-counted-from-the-first-row-of-all",
+        "gpu/weight_gradient.py",
+        "last = end - (end - start) % BLOCK_K",
+        "last = end - end % BLOCK_K",
+    ),
+    Mutation(
+        "dW-chains-of-rows-overlap",
+        "gpu/weight_gradient.py",
+        "last = tl.minimum(first + CHAIN, end)",
+        "last = end",
+    ),
+    Mutation(
+        "dW-32-bit-offset-of-the-row",
+        "gpu/weight_gradient.py",
+        "(first + tl.arange(0, BLOCK_K)).to(tl.int64)",
+        "first + tl.arange(0, BLOCK_K)",
     ),
     Mutation(
         "dW-no-column-mask",
@@ -415,19 +478,30 @@ SMALL_GRADIENTS = [
         "tl.sum(dy, 0)",
     ),
     Mutation(
-        "db2-32-bit-offset-of-the-token",
+        "db2-32-bit-offset-of-the-row",
         "gpu/small_gradients.py",
-        "(slot // K)[:, None] * STRIDE_DY",
-        "(slot // K).to(tl.int32)[:, None] * STRIDE_DY",
+        "row.to(tl.int64)[:, None] * H",
+        "row[:, None] * H",
     ),
 ]
 ACTIVATIONS = [
-    Mutation("derivative-of-GELU-wrong", "gpu/activation_functions.py", "0.134145", "0.044715"),
+    Mutation(
+        "derivative-of-GELU-wrong",
+        "gpu/activation_functions.py",
+        "gate + act * (t * gate) * slope",
+        "gate + act * (t * gate)",
+    ),
     Mutation(
         "derivative-of-GELU-by-cancellation",
         "gpu/activation_functions.py",
-        "tl.sigmoid(-u)",
-        "(1.0 - gate)",
+        "(t * gate) * slope",
+        "(1.0 - gate) * slope",
+    ),
+    Mutation(
+        "GELU-of-large-negative-numbers-overflows",
+        "gpu/activation_functions.py",
+        "tl.maximum(x, -9.9,",
+        "tl.maximum(x, -1e9,",
     ),
     Mutation(
         "derivative-of-SiLU-wrong",
@@ -456,10 +530,10 @@ ASSEMBLY = [
         "0 * db2 if want_b2 else None",
     ),
     Mutation(
-        "db1-summed-with-another-products-tiles",
+        "db1-summed-with-other-tiles",
         "gpu/expert_mlp.py",
-        "plan.activation_grad.block_m",
-        "plan.up.block_m",
+        "through.db1_MP, offsets, ROWS_PER_TILE",
+        "through.db1_MP, offsets, ROWS_PER_TILE // 4",
     ),
     Mutation(
         "w1s-strides-taken-for-contiguous",
@@ -470,14 +544,20 @@ ASSEMBLY = [
     Mutation(
         "xs-columns-taken-for-contiguous",
         "gpu/expert_mlp.py",
-        "        with_contiguous_rows(x_TH),\n",
-        "        x_TH,\n",
+        "gather(with_contiguous_rows(x_TH), permutation.token_idx)",
+        "gather(x_TH, permutation.token_idx)",
+    ),
+    Mutation(
+        "xs-columns-taken-for-contiguous-in-the-gradient",
+        "gpu/expert_mlp.py",
+        "gather(with_contiguous_rows(x_TH), token_idx_S)",
+        "gather(x_TH, token_idx_S)",
     ),
     Mutation(
         "dys-columns-taken-for-contiguous",
         "gpu/expert_mlp.py",
-        "with_contiguous_rows(x_TH), with_contiguous_rows(dy_TH)",
-        "with_contiguous_rows(x_TH), dy_TH",
+        "gather(with_contiguous_rows(dy_TH), token_idx_S)",
+        "gather(dy_TH, token_idx_S)",
     ),
     Mutation(
         "biass-part-of-the-routing-weights-gradient-lost",
@@ -557,6 +637,12 @@ DESCRIPTORS = [
         "w.load([expert * 0, start, first_column])",
     ),
     Mutation(
+        "described-rows-of-the-first-tile-for-all",
+        "gpu/descriptors.py",
+        "x.load([first_row, start])",
+        "x.load([0, start])",
+    ),
+    Mutation(
         "described-weight-transposed-from-the-wrong-column",
         "gpu/descriptors.py",
         "w.load([expert, first_column, start])",
@@ -620,12 +706,25 @@ SORTING = [
         "tl.store(expert_offsets_ptr + E, num_slots)",
         "tl.store(expert_offsets_ptr + E, 0)",
     ),
+    Mutation(
+        "sort-every-piece-ranked-as-the-first",
+        "gpu/permutation.py",
+        "next_E += tl.sum(one_hot, 0)",
+        "next_E += 0",
+    ),
+    Mutation(
+        "sort-only-the-last-piece-of-a-block-counted",
+        "gpu/permutation.py",
+        "count_E += tl.sum(",
+        "count_E = tl.sum(",
+    ),
 ]
 MUTATIONS = [
     *DESCRIPTORS,
     *ROUTING,
     *SORTING,
     *TILES,
+    *GATHER,
     *UP_PROJECTION,
     *ROW_PRODUCT,
     *COMBINE,

@@ -3,7 +3,6 @@ for its own sake: sizes are toys."""
 
 import json
 import math
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -312,25 +311,6 @@ def test_layer_and_kernel_tests_need_no_optional_package() -> None:
         script, *("--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"), *names
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a bash script")
-@pytest.mark.parametrize(("python", "code"), [("true", 0), ("false", 1)])
-def test_the_gpu_script_runs_every_stage_and_tells_of_failures(tmp_path, python, code) -> None:
-    script = REPOSITORY / "benchmarks" / "run_gpu.sh"
-    done = subprocess.run(
-        ["bash", str(script), "--out", str(tmp_path / "out")],
-        env={**os.environ, "PYTHON": python},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == code
-    lines = (tmp_path / "out" / "stages.tsv").read_text("utf-8").splitlines()
-    assert [line.split("\t")[:2] for line in lines[1:]] == [
-        [stage, str(code)] for stage in ("environment", "tests", "certificate", "grid")
-    ]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"benchmarks": []}', '{"rows": []}'])

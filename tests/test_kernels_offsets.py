@@ -2,11 +2,12 @@
 
 The memory is allocated but hardly touched: rows far apart, or the last rows or the last expert of
 a large tensor, so that on a CPU it takes address space only. Results that are written throughout
-take a GPU. Untested are the partial sums of `activation_gradient`, whose rows would need inputs of
-2**35 elements.
+take a GPU. Untested are the shares of `<dA', A>`, which would need inputs of 2**40 elements.
 
 Letters: see `kernel_cases`, and R the rows that nobody has before the first expert's.
 """
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,12 +19,17 @@ pytest.importorskip("triton")
 from kernel_cases import STRUCTURE
 
 from emergence_kernels.activations import activate, activate_backward
-from emergence_kernels.gpu.activation_gradient import activation_gradient
+from emergence_kernels.gpu.activation_gradient import (
+    _activation_gradient_bwd_kernel,
+    activation_gradient,
+)
 from emergence_kernels.gpu.combine import _combine_fwd_kernel, combine
+from emergence_kernels.gpu.gather import gather
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.small_gradients import (
+    _output_bias_bwd_kernel,
     _routing_weight_bwd_kernel,
     _sum_of_tiles_bwd_kernel,
     output_bias_gradient,
@@ -36,6 +42,7 @@ FP16 = torch.float16
 LIMIT = 2**31
 # persistent: a program per tile would be a program for each of the rows that nobody has
 CONFIG = GemmConfig(16, 16, 16, warps=4, stages=2, persistent=True)
+DESCRIBED = replace(CONFIG, tma=True)
 
 if KERNEL_DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
     pytest.skip("needs a GPU of 40 GiB", allow_module_level=True)
@@ -83,45 +90,9 @@ def late_permutation(before: int, tokens: int) -> Permutation:
     return Permutation(slots, slots, slots, whole(before, before + 2, dtype=torch.int32))
 
 
-def routing_of_three() -> Permutation:
-    """Three tokens in reversed order, all of one expert."""
-    order = whole(2, 1, 0)
-    return Permutation(order, order, order, whole(0, 3, dtype=torch.int32))
-
-
-class TestRowsFarApart:
-    def test_up_projection(self) -> None:
-        x, w1 = far_rows(16), numbers(1, 16, 16, seed=1)
-        pre, _ = up_projection(x, w1, None, routing_of_three(), "gelu_tanh", CONFIG, "ieee")
-        check(pre, x.to(FP64).flip(0) @ w1[0].to(FP64))
-
-    def test_activation_gradient(self) -> None:
-        dy, w2, pre = far_rows(16), numbers(1, 16, 16, seed=1), numbers(3, 16, seed=2)
-        weights = torch.ones(3, 1, device=KERNEL_DEVICE)
-        found = activation_gradient(
-            dy, weights, w2, pre, routing_of_three(), "gelu_tanh", CONFIG, "ieee",
-            want_pre=True, want_bias=False, want_act=False, want_scale=False,
-        )  # fmt: skip
-        dact = dy.to(FP64).flip(0) @ w2[0].to(FP64).T
-        check(found.dpre_SP, activate_backward(dact, pre.to(FP64), "gelu_tanh"))
-
-    def test_output_bias_gradient(self) -> None:
-        dy, b2 = far_rows(16), numbers(1, 16, seed=1)
-        weights = numbers(3, 1, seed=2, dtype=torch.float32)
-        db2, dscale = output_bias_gradient(dy, weights, b2, routing_of_three())
-        check(db2, (weights.to(FP64) * dy.to(FP64)).sum(0, keepdim=True))
-        check(dscale, (dy.to(FP64).flip(0) @ b2[0].to(FP64)))
-
-    @pytest.mark.parametrize("far", ["a", "b"])
-    @pytest.mark.parametrize("gathered", [False, True], ids=["sorted", "gathered"])
-    def test_weight_gradient(self, far, gathered) -> None:
-        a, b = far_rows(16), numbers(3, 16, seed=1)
-        if far == "b":
-            a, b = b, a
-        rows = routing_of_three().perm if gathered else None
-        offsets = whole(0, 3, dtype=torch.int32)
-        dw = weight_gradient(a, b, offsets, CONFIG, "ieee", a_rows_S=rows, b_rows_S=rows)
-        check(dw[0], a.to(FP64).T @ b.to(FP64))
+def test_rows_far_apart_are_gathered() -> None:
+    x = far_rows(16)
+    assert torch.equal(gather(x, whole(2, 1, 0, 2)), x[[2, 1, 0, 2]])
 
 
 class TestRowsAtTheEnd:
@@ -136,32 +107,62 @@ class TestRowsAtTheEnd:
 
     @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
     def test_up_projection(self, activation) -> None:
-        before = LIMIT // 16
-        x, w1 = numbers(2, 16), numbers(1, 16, 16, seed=1)
-        permutation = late_permutation(before, tokens=2)
-        pre, act = up_projection(x, w1, None, permutation, activation, CONFIG, "ieee")
-        exact = x.to(FP64).flip(0) @ w1[0].to(FP64)
+        x, before = late(16)
+        w1 = numbers(1, 16, 16, seed=1)
+        offsets = whole(before, before + 2, dtype=torch.int32)
+        pre, act = up_projection(x, w1, None, offsets, activation, CONFIG, "ieee")
+        exact = x[before:].to(FP64) @ w1[0].to(FP64)
         check(pre[before:], exact)
         check(act[before:], activate(exact, activation))
 
+    @pytest.mark.parametrize("config", [CONFIG, DESCRIBED], ids=["plain", "descriptors"])
+    def test_weight_gradient(self, config) -> None:
+        (a, before), (b, _) = late(16), late(16, seed=1)
+        offsets = whole(before, before + 2, dtype=torch.int32)
+        dw = weight_gradient(a, b, offsets, config, "ieee")
+        check(dw[0], a[before:].to(FP64).T @ b[before:].to(FP64))
+
     @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
     def test_activation_gradient(self, activation) -> None:
+        """Launched by hand: the launcher would start programs for the tiles of all R rows."""
+        gated = activation == "swiglu"
+        width = 8 if gated else 16
         pre, before = late(16)
-        width = 8 if activation == "swiglu" else 16
-        dy, w2 = numbers(2, 16, seed=1), numbers(1, width, 16, seed=2)
+        dact = untouched(before + 2, width)
+        dact[before:] = numbers(2, width, seed=1)
         weights = numbers(2, 1, seed=3, dtype=torch.float32)
-        found = activation_gradient(
-            dy, weights, w2, pre, late_permutation(before, tokens=2), activation, CONFIG, "ieee",
-            want_pre=True, want_bias=True, want_act=True, want_scale=True,
+        slots, _, _, offsets = late_permutation(before, tokens=2)
+        dpre = untouched(before + 2, 16)
+        db1 = untouched(1, 16, dtype=torch.float32)
+        scaled = untouched(before + 2, width)
+        dscale = untouched(1, before + 2, dtype=torch.float32)
+        launch(
+            _activation_gradient_bwd_kernel, (1,), dact, pre, slots, weights, offsets, dpre, db1,
+            scaled, dscale, before + 2, E=1, F=width, GATED=gated, WANT_PRE=True, WANT_BIAS=True,
+            WANT_ACT=True, WANT_SCALE=True, E_PAD=1, BLOCK_M=16, BLOCK_N=16, num_warps=4,
         )  # fmt: skip
-        scale, last = weights.to(FP64).flip(0), pre[before:].to(FP64)
-        dact = dy.to(FP64).flip(0) @ w2[0].to(FP64).T
+        scale, last, dact = weights.to(FP64).flip(0), pre[before:].to(FP64), dact[before:].to(FP64)
         act = activate(last, activation)
-        dpre = activate_backward(scale * dact, last, activation)
-        check(found.dpre_SP[before:], dpre)
-        check(found.db1_MP[0], dpre.sum(0))
-        check(found.scaled_act_SF[before:], scale * act)
-        check(found.dscale_NS[0, before:], (dact * act).sum(1))
+        exact = activate_backward(scale * dact, last, activation)
+        check(dpre[before:], exact)
+        check(db1[0], exact.sum(0))
+        check(scaled[before:], scale * act)
+        check(dscale[0, before:], (dact * act).sum(1))
+
+    def test_output_bias_gradient(self) -> None:
+        """Launched by hand, for the only tile that has numbers."""
+        dy, before = late(16)
+        b2, weights = numbers(1, 16, seed=1), numbers(2, 1, seed=2, dtype=torch.float32)
+        slots, _, _, offsets = late_permutation(before, tokens=2)
+        db2 = untouched(1, 16, dtype=torch.float32)
+        dscale = untouched(before + 2, dtype=torch.float32)
+        launch(
+            _output_bias_bwd_kernel, (1,), dy, slots, weights, b2, offsets, db2, dscale,
+            E=1, H=16, E_PAD=1, BLOCK_M=16, BLOCK_H=16, num_warps=4,
+        )  # fmt: skip
+        last = dy[before:].to(FP64)
+        check(db2, (weights.to(FP64).flip(0) * last).sum(0, keepdim=True))
+        check(dscale[before:], last @ b2[0].to(FP64))
 
     def test_combine_gathers_them(self) -> None:
         """Launched by hand: the launcher would start programs for the tokens of all R rows."""
@@ -224,20 +225,8 @@ class TestTheLastOfManyExperts:
 
     def test_up_projection(self) -> None:
         x, w1 = numbers(3, self.SIDE), self.last_weight()
-        permutation = routing_of_three()._replace(expert_offsets=self.offsets())
-        pre, _ = up_projection(x, w1, None, permutation, "gelu_tanh", self.TILES, "ieee")
-        check(pre, x.to(FP64).flip(0) @ w1[-1].to(FP64))
-
-    def test_activation_gradient(self) -> None:
-        dy, w2, pre = numbers(3, self.SIDE), self.last_weight(), numbers(3, self.SIDE, seed=2)
-        weights = torch.ones(3, 1, device=KERNEL_DEVICE)
-        permutation = routing_of_three()._replace(expert_offsets=self.offsets())
-        found = activation_gradient(
-            dy, weights, w2, pre, permutation, "gelu_tanh", self.TILES, "ieee",
-            want_pre=True, want_bias=False, want_act=False, want_scale=False,
-        )  # fmt: skip
-        dact = dy.to(FP64).flip(0) @ w2[-1].to(FP64).T
-        check(found.dpre_SP, activate_backward(dact, pre.to(FP64), "gelu_tanh"))
+        pre, _ = up_projection(x, w1, None, self.offsets(), "gelu_tanh", self.TILES, "ieee")
+        check(pre, x.to(FP64) @ w1[-1].to(FP64))
 
 
 @pytest.mark.skipif(KERNEL_DEVICE == "cpu", reason="needs a GPU: 2**31 elements are written")
@@ -257,16 +246,37 @@ class TestLargeResults:
         y = combine(rows, inv_perm, 1, None)
         assert torch.equal(y[before:], rows[before:])
 
+    def test_gather(self) -> None:
+        x, late_rows = numbers(3, 16), LIMIT // 16
+        token_idx = torch.zeros(late_rows + 2, dtype=torch.int64, device=KERNEL_DEVICE)
+        token_idx[late_rows:] = whole(2, 1)
+        assert torch.equal(gather(x, token_idx)[late_rows:], x[[2, 1]])
+
+    EXPERTS, WIDTH = 2049, 2**20
+
+    def one_row_each(self) -> tuple[torch.Tensor, Permutation]:
+        """The same row for each of 2,049 experts, every one of which has a tile of its own."""
+        order = torch.arange(self.EXPERTS, device=KERNEL_DEVICE)
+        offsets = torch.arange(self.EXPERTS + 1, dtype=torch.int32, device=KERNEL_DEVICE)
+        row = numbers(1, self.WIDTH).expand(self.EXPERTS, self.WIDTH).contiguous()
+        return row, Permutation(order, order, order, offsets)
+
     def test_output_bias_gradient(self) -> None:
-        """2,049 tiles of 64 rows that are all the same row of 2**20 columns."""
-        width, tokens = 2**20, 2049 * 64
-        dy = numbers(1, width).expand(tokens, width)
-        weights = torch.full((tokens, 1), 2.0**-8, device=KERNEL_DEVICE)
-        order = torch.arange(tokens, device=KERNEL_DEVICE)
-        offsets = whole(0, tokens - 64, tokens, dtype=torch.int32)
-        permutation = Permutation(order, order, order, offsets)
-        b2 = numbers(2, width, seed=1) / 1024
+        dy, permutation = self.one_row_each()
+        weights = torch.full((self.EXPERTS, 1), 0.25, device=KERNEL_DEVICE)
+        b2 = dy / 1024
         db2, dscale = output_bias_gradient(dy, weights, b2, permutation)
-        check(db2[0], dy[0].to(FP64) * 2048 / 4)
-        check(db2[1], dy[0].to(FP64) / 4)
-        assert torch.equal(dscale[-64:], dscale[-1].expand(64))
+        check(db2[-1], dy[-1].to(FP64) / 4)
+        check(dscale[-1:], (dy[-1:].to(FP64) * b2[-1:].to(FP64)).sum(1))
+
+    def test_activation_gradient(self) -> None:
+        dact, permutation = self.one_row_each()
+        weights = torch.full((self.EXPERTS, 1), 0.25, device=KERNEL_DEVICE)
+        pre, last = torch.ones_like(dact), dact[-1].to(FP64)
+        found = activation_gradient(
+            dact, pre, weights, permutation, "gelu_tanh",
+            want_pre=True, want_bias=True, want_act=False, want_scale=False,
+        )  # fmt: skip
+        exact = activate_backward(last / 4, pre[-1].to(FP64), "gelu_tanh")
+        check(found.dpre_SP[-1], exact)
+        check(found.db1_MP[self.EXPERTS - 1], exact)

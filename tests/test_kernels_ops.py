@@ -1,8 +1,11 @@
 """The operators against their plain-torch twins and against loops."""
 
+from unittest import mock
+
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from conftest import KERNEL_DEVICE
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from numerics import FP64, poisoned_empty, randn
 
@@ -83,6 +86,23 @@ class TestSortByExpert:
         assert ours.expert_offsets.tolist() == [0, 6667, 13334, 20000, 20000]
         for a, b in ((0, 6667), (6667, 13334), (13334, 20000)):
             assert (ours.perm[a:b].diff() > 0).all()
+
+    @given(chosen_experts(), st.integers(2, 5))
+    @example((torch.arange(600)[:, None] * 7 % 5, 6), 2)  # pieces of which some have no slots
+    @settings(max_examples=25, deadline=None)
+    def test_blocks_of_several_pieces_equal_the_plain_path(self, routing, most_blocks) -> None:
+        """Pieces of 16 slots and at most five blocks: a few slots are as millions otherwise."""
+        pytest.importorskip("triton")
+        from emergence_kernels.gpu import permutation
+
+        chosen, experts = routing
+        sizes = {"_MOST_BLOCKS": most_blocks, "_ONE_HOT_ELEMENTS": 16}
+        with mock.patch.multiple(permutation, **sizes), poisoned_empty(guarded=True):
+            ours = permutation.sort_by_expert(chosen.to(KERNEL_DEVICE).contiguous(), experts)
+        theirs = emergence_kernels.sort_by_expert(chosen, experts)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a.cpu(), b)
 
 
 class TestGroupedProducts:

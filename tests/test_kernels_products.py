@@ -4,12 +4,14 @@ Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 
 E experts, K experts per token, S = T*K rows sorted by expert, I and O a weight's two widths.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import KERNEL_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numerics import FP64, assert_as_accurate, assert_close, laid_out, poisoned_empty, randn
+from numerics import FP64, assert_as_accurate, assert_close, poisoned_empty, randn
 
 pytest.importorskip("triton")
 
@@ -18,6 +20,7 @@ from kernel_cases import (
     MIXED_PLAN,
     SMALL,
     STRUCTURE,
+    Case,
     Shape,
     configs,
     group_sizes,
@@ -30,6 +33,9 @@ from kernel_cases import (
 from emergence_kernels import expert_mlp_loop, grouped_gemm, grouped_gemm_dw, reference
 from emergence_kernels.activations import activate
 from emergence_kernels.gpu.combine import combine
+from emergence_kernels.gpu.descriptors import can_describe
+from emergence_kernels.gpu.gather import gather
+from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.up_projection import up_projection
 from emergence_kernels.gpu.weight_gradient import weight_gradient
@@ -37,13 +43,32 @@ from emergence_kernels.gpu.weight_gradient import weight_gradient
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 FP32 = torch.float32
 WIDTHS = st.sampled_from([1, 5, 9, 16, 24])
-PLANS = [SMALL, MIXED_PLAN.up, MIXED_PLAN.down, MIXED_PLAN.activation_grad]
-PLAN_IDS = ["small", "wide-tiles-in-no-groups", "persistent-tall-tiles", "persistent-groups-of-3"]
+DESCRIBED = replace(SMALL, tma=True)
+HAS_DESCRIPTORS = KERNEL_DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
+CONFIGS = {
+    "small": SMALL,
+    "wide-tiles-in-no-groups": MIXED_PLAN.up,
+    "persistent-tall-tiles": MIXED_PLAN.down,
+    "persistent-groups-of-3": MIXED_PLAN.activation_grad,
+    "descriptors": DESCRIBED,
+}
+every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+loads = pytest.mark.parametrize("config", [SMALL, DESCRIBED], ids=["plain", "descriptors"])
+
+
+def any_configs() -> st.SearchStrategy[GemmConfig]:
+    """Those that load through descriptors too, where the rows are aligned."""
+    return st.builds(lambda config, tma: replace(config, tma=tma), configs(), st.booleans())
 
 
 def check(found, exact) -> None:
     """One result against its fp64 value."""
     assert_close({"result": found}, {"result": exact.to(found)}, STRUCTURE[found.dtype], least=1)
+
+
+def sorted_rows(case: Case) -> torch.Tensor:
+    """(S, H): the token of every sorted row, as the products take them."""
+    return surrounded(case.x[case.permutation.token_idx])
 
 
 def one_per_block(dtype: torch.dtype) -> torch.Tensor:
@@ -54,41 +79,67 @@ def one_per_block(dtype: torch.dtype) -> torch.Tensor:
     return row
 
 
+class TestGather:
+    def run_and_check(self, shape, dtype, layout) -> None:
+        case = make_case(shape, dtype, x_layout=layout)
+        with poisoned_empty(guarded=True):
+            rows = gather(case.x, case.permutation.token_idx)
+        assert rows.dtype == dtype
+        assert rows.is_contiguous()
+        assert torch.equal(rows, case.x[case.permutation.token_idx])
+
+    @given(
+        st.integers(0, 70),
+        st.sampled_from([1, 5, 16, 24, 1100]),
+        st.integers(1, 4),
+        st.sampled_from([torch.float32, torch.float16]),
+        st.sampled_from(["contiguous", "rows apart", "expanded"]),
+    )
+    @settings(max_examples=12, deadline=None)
+    def test_any_rows(self, tokens, hidden, top_k, dtype, layout) -> None:
+        self.run_and_check(Shape(tokens, hidden, 1, 4, top_k), dtype, layout)
+
+    @pytest.mark.parametrize("layout", ["contiguous", "rows apart", "expanded"])
+    @pytest.mark.parametrize(
+        "shape",
+        [Shape(1, 9, 1, 1, 1), Shape(150, 24, 1, 4, 2), Shape(3, 1100, 1, 4, 3)],
+        ids=["one-row", "blocks-of-rows", "blocks-of-columns"],
+    )
+    def test_blocks_and_layouts(self, shape, layout) -> None:
+        self.run_and_check(shape, FP32, layout)
+
+
 class TestUpProjection:
     def run_and_check(self, case, config) -> None:
+        x, offsets = sorted_rows(case), case.permutation.expert_offsets
         with poisoned_empty(guarded=True):
-            pre, act = up_projection(
-                case.x, case.w1, case.b1, case.permutation, case.activation, config, "ieee"
-            )
-        rows = case.x.to(FP64)[case.permutation.token_idx]
+            pre, act = up_projection(x, case.w1, case.b1, offsets, case.activation, config, "ieee")
         bias = None if case.b1 is None else case.b1.to(FP64)
-        offsets = case.permutation.expert_offsets
-        exact = reference.grouped_gemm(rows, case.w1.to(FP64), offsets, bias)
+        exact = reference.grouped_gemm(x.to(FP64), case.w1.to(FP64), offsets, bias)
         check(pre, exact)
         check(act, activate(exact, case.activation))
 
-    @given(shapes(), configs())
-    @settings(max_examples=8, deadline=None)
+    @given(shapes(), any_configs())
+    @settings(max_examples=10, deadline=None)
     def test_any_shape(self, shape, config) -> None:
         self.run_and_check(make_case(shape), config)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
-    @pytest.mark.parametrize("config", PLANS, ids=PLAN_IDS)
+    @every_config
     def test_tails_of_rows_columns_and_the_reduction(self, config, activation) -> None:
         shape = Shape(11, 24, 40, 3, 2, activation=activation)
         self.run_and_check(make_case(shape), config)
 
+    @loads
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_the_activation_is_of_the_accumulator_not_of_its_rounded_value(
-        self, activation
+        self, activation, config
     ) -> None:
         """So it is rounded once: half an ulp from the exact activation, however flat that is."""
-        case = make_case(Shape(20, 9, 17, 2, 1, activation=activation), torch.float16)
-        _, act = up_projection(
-            case.x, case.w1, case.b1, case.permutation, activation, SMALL, "ieee"
-        )
-        rows, offsets = case.x.to(FP64)[case.permutation.token_idx], case.permutation.expert_offsets
-        pre = reference.grouped_gemm(rows, case.w1.to(FP64), offsets, case.b1.to(FP64))
+        case = make_case(Shape(20, 8, 16, 2, 1, activation=activation), torch.float16)
+        x, offsets = sorted_rows(case), case.permutation.expert_offsets
+        _, act = up_projection(x, case.w1, case.b1, offsets, activation, config, "ieee")
+        pre = reference.grouped_gemm(x.to(FP64), case.w1.to(FP64), offsets, case.b1.to(FP64))
         exact = activate(pre, activation)
         rounding = torch.finfo(torch.float16).eps / 2 * exact.abs()
         of_fp32 = 20 * torch.finfo(FP32).eps * pre.abs().max() ** 2
@@ -109,23 +160,34 @@ class TestRowProduct:
         )
         check(y, exact)
 
-    @given(group_sizes(), WIDTHS, WIDTHS, configs(), st.booleans(), st.booleans())
+    @pytest.mark.parametrize("block_k", [128, 256])
+    def test_steps_as_long_as_a_chain_and_longer(self, block_k) -> None:
+        config = GemmConfig(16, 16, block_k, warps=4, stages=1)
+        self.run_and_check([5, 9], 520, 16, config, False, True)
+
+    @given(group_sizes(), WIDTHS, WIDTHS, any_configs(), st.booleans(), st.booleans())
     @settings(max_examples=12, deadline=None)
     def test_any_groups(self, sizes, inner, outer, config, transposed, bias) -> None:
         self.run_and_check(sizes, inner, outer, config, transposed, bias)
 
     @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
     @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
-    @pytest.mark.parametrize("config", PLANS[:3], ids=PLAN_IDS[:3])
+    @every_config
     def test_tails_of_rows_columns_and_the_reduction(self, config, bias, transposed) -> None:
         self.run_and_check([3, 0, 19], 24, 40, config, transposed, bias)
 
+    @pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+    @pytest.mark.parametrize("inner", [256, 300], ids=["whole-chains", "a-short-last-chain"])
+    def test_a_reduction_of_several_chains(self, inner, transposed) -> None:
+        self.run_and_check([3, 0, 19], inner, 9, SMALL, transposed, bias=True)
+
+    @loads
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_reductions_are_accumulated_in_fp32(self, dtype) -> None:
+    def test_reductions_are_accumulated_in_fp32(self, dtype, config) -> None:
         """2,048 and 31 times one, in a block of the reduction each: fp16 alone stays at 2,048."""
         x = one_per_block(dtype).expand(2, 512).contiguous()
-        w = torch.ones(1, 512, 3, dtype=dtype, device=KERNEL_DEVICE)
-        y = row_product(x, w, None, offsets_of([2]), SMALL, "ieee")
+        w = torch.ones(1, 512, 8, dtype=dtype, device=KERNEL_DEVICE)
+        y = row_product(x, w, None, offsets_of([2]), config, "ieee")
         assert y.dtype == dtype
         assert torch.equal(y, torch.full_like(y, 2079))
 
@@ -180,53 +242,68 @@ class TestCombine:
 
 
 class TestWeightGradient:
-    def run_and_check(self, sizes, inner, outer, config, gathered, layout="rows apart") -> None:
-        """`gathered` names the factor that lies in another order than the sorted rows."""
-        rows = sum(sizes)
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(0))
-        at = surrounded(order, -1)
-        a = laid_out(surrounded(randn(rows, inner, dtype=FP32)), layout)
-        b = laid_out(surrounded(randn(rows, outer, seed=1, dtype=FP32)), layout)
+    def run_and_check(self, sizes, inner, outer, config) -> None:
+        a = surrounded(randn(sum(sizes), inner, dtype=FP32))
+        b = surrounded(randn(sum(sizes), outer, seed=1, dtype=FP32))
         offsets = offsets_of(sizes)
         with poisoned_empty(guarded=True):
-            dw = weight_gradient(
-                a,
-                b,
-                offsets,
-                config,
-                "ieee",
-                a_rows_S=at if gathered == "a" else None,
-                b_rows_S=at if gathered == "b" else None,
-            )
-        left, right = (
-            t.to(FP64)[at] if gathered == n else t.to(FP64) for n, t in (("a", a), ("b", b))
-        )
-        check(dw, grouped_gemm_dw(left, right, offsets))
+            dw = weight_gradient(a, b, offsets, config, "ieee")
+        check(dw, grouped_gemm_dw(a.to(FP64), b.to(FP64), offsets))
         for e, size in enumerate(sizes):
             assert size or (dw[e] == 0).all()
 
-    @given(group_sizes(), WIDTHS, WIDTHS, configs(), st.sampled_from(["a", "b", "none"]))
-    @settings(max_examples=8, deadline=None)
-    def test_any_groups(self, sizes, inner, outer, config, gathered) -> None:
-        self.run_and_check(sizes, inner, outer, config, gathered)
+    @given(group_sizes(), WIDTHS, WIDTHS, any_configs())
+    @settings(max_examples=12, deadline=None)
+    def test_any_groups(self, sizes, inner, outer, config) -> None:
+        self.run_and_check(sizes, inner, outer, config)
 
-    @pytest.mark.parametrize("gathered", ["a", "b", "none"])
-    @pytest.mark.parametrize("layout", ["contiguous", "rows apart", "expanded"])
-    def test_tails_of_rows_and_both_widths(self, layout, gathered) -> None:
-        self.run_and_check([3, 0, 19], 24, 9, SMALL, gathered, layout)
+    @loads
+    @pytest.mark.parametrize("outer", [9, 24], ids=["rows-not-aligned", "rows-aligned"])
+    def test_tails_of_rows_and_both_widths(self, outer, config) -> None:
+        self.run_and_check([3, 0, 19], 24, outer, config)
 
-    @pytest.mark.parametrize("config", PLANS[1:], ids=PLAN_IDS[1:])
+    @every_config
     def test_other_tiles(self, config) -> None:
-        self.run_and_check([0, 17, 0, 2], 40, 24, config, "a")
+        self.run_and_check([0, 17, 0, 2], 40, 24, config)
 
-    def test_no_rows_at_all(self) -> None:
-        self.run_and_check([0, 0, 0], 9, 5, SMALL, "a", "contiguous")
+    @loads
+    @pytest.mark.parametrize(
+        "sizes",
+        [[16], [15, 17], [0, 32, 0, 16, 0], [5, 48, 0, 27], [1, 0, 0]],
+        ids=["one-block", "around-a-block", "blocks-only", "blocks-out-of-step", "one-row"],
+    )
+    def test_lengths_of_whole_blocks_and_others(self, sizes, config) -> None:
+        self.run_and_check(sizes, 16, 24, config)
 
+    def test_rows_of_several_chains(self) -> None:
+        self.run_and_check([131, 0, 256], 9, 5, SMALL)
+
+    @loads
+    def test_no_rows_at_all(self, config) -> None:
+        self.run_and_check([0, 0, 0], 16, 8, config)
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+    @loads
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+    def test_an_expert_does_not_see_the_rows_of_another(self, bad, config) -> None:
+        """Neither those before nor those behind, whatever its own end leaves of a block."""
+        sizes = [16, 0, 3, 32, 0, 19, 1]
+        a, b = randn(sum(sizes), 16, dtype=FP32), randn(sum(sizes), 24, seed=1, dtype=FP32)
+        offsets = offsets_of(sizes)
+        clean = weight_gradient(surrounded(a), surrounded(b), offsets, config, "ieee")
+        for e in range(len(sizes)):
+            others = torch.ones(len(a), 1, dtype=torch.bool)
+            others[offsets[e] : offsets[e + 1]] = False
+            factors = [surrounded(rows.masked_fill(others, bad)) for rows in (a, b)]
+            assert can_describe(config, *factors) == (config.tma and HAS_DESCRIPTORS)
+            assert torch.equal(weight_gradient(*factors, offsets, config, "ieee")[e], clean[e])
+
+    @loads
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_rows_are_summed_in_fp32(self, dtype) -> None:
+    def test_rows_are_summed_in_fp32(self, dtype, config) -> None:
         """2,048 and 31 times one, in a block of the reduction each: fp16 alone stays at 2,048."""
-        a = one_per_block(dtype).t().expand(512, 3).contiguous()
-        dw = weight_gradient(a, torch.ones_like(a), offsets_of([0, 512]), SMALL, "ieee")
+        a = one_per_block(dtype).t().expand(512, 8).contiguous()
+        dw = weight_gradient(a, torch.ones_like(a), offsets_of([0, 512]), config, "ieee")
         assert dw.dtype == dtype
         assert (dw[0] == 0).all()
         assert torch.equal(dw[1], torch.full_like(dw[1], 2079))

@@ -96,7 +96,11 @@ def test_a_configuration_that_computes_something_else_is_never_chosen(
     refused = [
         r.getMessage() for r in caplog.records if "computes something else" in r.getMessage()
     ]
-    assert [message.split()[0] for message in refused] == ["down", "input_grad"]
+    assert [message.split()[0] for message in refused] == [
+        "down",
+        "activation_grad",
+        "input_grad",
+    ]
 
 
 def test_a_nan_is_something_else(tuning, monkeypatch) -> None:
@@ -112,11 +116,16 @@ def test_a_nan_is_something_else(tuning, monkeypatch) -> None:
     assert tuned[-1].config == GemmConfig(32, 16, 16, 4, 1)
 
 
-def test_a_configuration_that_does_not_fit_is_passed_over(tuning, monkeypatch) -> None:
+@pytest.mark.parametrize("launch_fails", [False, True])
+def test_a_configuration_that_does_not_run_is_passed_over(
+    tuning, monkeypatch, launch_fails
+) -> None:
     up_projection = tuning.up_projection
 
     def too_big_for_small(*args, **kwargs):
         if SMALL in args:
+            if launch_fails:
+                raise RuntimeError("Triton Error [CUDA]: invalid argument")
             raise tuning.OutOfResources(300_000, 232_448, "shared memory")
         return up_projection(*args, **kwargs)
 

@@ -1,36 +1,28 @@
-"""The measurements on a GPU as one command: `python -m benchmarks.gpu run --out DIR --minutes N`.
+"""The measurements on a GPU as one program; docs/gpu.md says how to use it.
 
-`gpu.json` is whole on disk after every row. Called again on the same commit and device it goes on
-with the stages that are missing.
+`run` writes `gpu.json`, whole on disk after every row. Called again on the same commit and device
+it goes on with the stages that are missing.
 """
 
 import argparse
 import logging
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.command import common_environment, device_of, start_logging
+from benchmarks.gpu.pack import pack, packed_commit
 from benchmarks.gpu.program import Journal, Setting, run_stages
+from benchmarks.gpu.report import write_report
 from benchmarks.gpu.stages import STAGES
 
 logger = logging.getLogger(__name__)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    commands = parser.add_subparsers(required=True)
-    run = commands.add_parser("run", help="measure, stage after stage")
-    run.add_argument("--out", required=True, type=Path, help="folder for the results")
-    run.add_argument("--minutes", type=float, default=9.0, help="no stage goes on after that")
-    run.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES], help="only these")
-    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    run.add_argument("--tiny", action="store_true", help="toy sizes, which measure nothing")
-    options = parser.parse_args(arguments)
-    start_logging()
+def _run(options: argparse.Namespace) -> None:
     device = device_of(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     setting = Setting(
@@ -40,10 +32,48 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workers=max(1, (os.cpu_count() or 1) - 1),
         deadline=time.time() + 60 * options.minutes,
     )
-    journal = Journal.open(options.out / "gpu.json", common_environment(device))
+    environment = common_environment(device)
+    environment["commit"] = packed_commit() or environment["commit"]
+    journal = Journal.open(options.out / "gpu.json", environment)
     chosen = [s for s in STAGES if options.stages is None or s.name in options.stages]
     if not run_stages(chosen, journal, setting):
         sys.exit("a stage is missing, see the log above and gpu.json")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    try:
+        logger.info("packed %s", pack())
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"{error.cmd[0]} failed with exit code {error.returncode}, see above")
+
+
+def _report(options: argparse.Namespace) -> None:
+    try:
+        logger.info("wrote %s", write_report(options.source, options.out))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="measure, stage after stage")
+    run.set_defaults(command=_run)
+    run.add_argument("--out", required=True, type=Path, help="folder for the results")
+    run.add_argument("--minutes", type=float, default=9.0, help="no stage goes on after that")
+    run.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES], help="only these")
+    run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    run.add_argument("--tiny", action="store_true", help="toy sizes, which measure nothing")
+    packing = commands.add_parser("pack", help="wheels and commit for a machine without an index")
+    packing.set_defaults(command=_pack)
+    report = commands.add_parser("report", help="tables and a figure of what was measured")
+    report.set_defaults(command=_report)
+    report.add_argument("source", type=Path, metavar="JSON", help="what run wrote")
+    report.add_argument("--out", required=True, type=Path, help="folder for the report")
+    options = parser.parse_args(arguments)
+    start_logging()
+    options.command(options)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ traceback, and the next one runs.
 import dataclasses
 import json
 import logging
-import queue
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -63,7 +62,7 @@ class Journal:
         """The journal at `path` if it is of the same commit and device, else a new one."""
         journal = cls(path, environment)
         if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = read_journal(path)
             same = ("commit", "device_name")
             if all(before["environment"].get(k) == environment.get(k) for k in same):
                 journal.stages = before["stages"]
@@ -75,6 +74,21 @@ class Journal:
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
         partial.replace(self.path)
+
+
+def read_journal(path: Path) -> Fields:
+    """What a `Journal` wrote.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    try:
+        content: Fields = json.loads(path.read_text(encoding="utf-8"))
+        if all(isinstance(content[key], dict) for key in ("environment", "stages")):
+            return content
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not what `benchmarks.gpu run` writes ({error})") from error
+    raise ValueError(f"{path}: not what `benchmarks.gpu run` writes")
 
 
 def run_stages(stages: Sequence[Stage], journal: Journal, setting: Setting) -> bool:
@@ -99,18 +113,23 @@ def run_stages(stages: Sequence[Stage], journal: Journal, setting: Setting) -> b
 
 def _run_stage(stage: Stage, journal: Journal, setting: Setting) -> None:
     context = warm_processes("torch", "benchmarks.gpu.stages")
-    messages = context.Queue()
-    process = context.Process(target=_measure, args=(stage, setting, messages))
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(stage, setting, there))
     started = time.time()
     record: Fields = {"state": "running", "seconds": 0.0, "rows": []}
     journal.stages[stage.name] = record
     process.start()
+    there.close()
     while record["state"] == "running":
+        # a stage may stop by itself at its deadline, and say so
+        if not here.poll(max(setting.deadline + 5 - time.time(), 0.1)):
+            record["state"] = "out of time"
+            break
         try:
-            # a row may be on its way when the stage's own clock has stopped it
-            kind, what = messages.get(timeout=max(setting.deadline + 5 - time.time(), 0.1))
-        except queue.Empty:
-            record["state"] = "timed out"
+            kind, what = here.recv()
+        except EOFError:
+            process.join()
+            record.update(state="died", error=f"exit code {process.exitcode}, without a word")
             break
         if kind == "row":
             record["rows"].append(what)
@@ -124,18 +143,18 @@ def _run_stage(stage: Stage, journal: Journal, setting: Setting) -> None:
     if process.is_alive():
         process.kill()
         process.join()
+    record["seconds"] = round(time.time() - started, 1)
     journal.write()
-    logger.info("%s: %s after %.1f s %s", stage.name, record["state"], record["seconds"],
-                record.get("error") or "")  # fmt: skip
+    why = record.get("error") or ""
+    logger.info("%s: %s after %.1f s %s", stage.name, record["state"], record["seconds"], why)
 
 
-def _measure(stage: Stage, setting: Setting, messages: Any) -> None:
-    logging.basicConfig(level=logging.WARNING)
+def _measure(stage: Stage, setting: Setting, parent: Any) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         for row in stage.measure(setting):
-            messages.put(("row", row))
-        messages.put(("complete", None))
+            parent.send(("row", row))
+        parent.send(("complete", None))
     except BaseException:  # noqa: BLE001 - whatever it is, it goes into the record
-        messages.put(("failed", traceback.format_exc()[-4000:]))
-    messages.close()
-    messages.join_thread()
+        parent.send(("failed", traceback.format_exc()[-4000:]))
+    parent.close()

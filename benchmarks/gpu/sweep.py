@@ -3,7 +3,6 @@
 Letters: T tokens, H model width, F expert width, E experts, K experts per token.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import time
@@ -16,12 +15,11 @@ from benchmarks.gpu.program import Fields, Setting
 from benchmarks.stopwatch import device_seconds, interleave
 from benchmarks.workloads import Case, Shape, make_problem
 from emergence_kernels import expert_mlp, sort_by_expert
-from emergence_kernels.gpu.compiling import CompileJob
+from emergence_kernels.gpu.compiling import CompileJob, compile_in_parallel
 from emergence_kernels.gpu.defaults import Target, default_plan, target_of
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product, rows_bucket
 from emergence_kernels.gpu.launch import recorded_launches
 from emergence_kernels.gpu.tuning import MLPShape, Run, agrees, product_runs
-from emergence_kernels.processes import warm_processes
 
 SHAPES = (
     Shape("1k", 1024, 768, 3072, 8, 1, "the predecessor's micro-batch"),
@@ -123,22 +121,18 @@ def compile_all(
             with recorded_launches() as recorded:
                 runs[product](config)
             jobs[product, config] = CompileJob.of(recorded[0], target)
-    context = warm_processes("torch", "triton", "emergence_kernels.gpu.compiling")
     found: dict[tuple[Product, GemmConfig], Fields] = {}
-    with concurrent.futures.ProcessPoolExecutor(setting.workers, mp_context=context) as pool:
-        futures = {key: pool.submit(job.run) for key, job in jobs.items()}
-        for key, future in futures.items():
-            try:
-                resources = future.result()
-            except Exception as error:  # noqa: BLE001 - of the compiler; a row of the table
-                found[key] = {"error": str(error)[-200:]}
-                continue
-            found[key] = {
-                "registers": resources.registers,
-                "spilled": resources.spilled_bytes,
-                "shared": resources.shared_bytes,
-                "instruction": resources.instruction,
-            }
+    outcomes = compile_in_parallel([*jobs.values()], setting.workers)
+    for key, outcome in zip(jobs, outcomes, strict=True):
+        if isinstance(outcome, str):
+            found[key] = {"error": outcome}
+            continue
+        found[key] = {
+            "registers": outcome.registers,
+            "spilled": outcome.spilled_bytes,
+            "shared": outcome.shared_bytes,
+            "instruction": outcome.instruction,
+        }
     return found
 
 

@@ -79,7 +79,7 @@ def _is_watched() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
     )
 
 

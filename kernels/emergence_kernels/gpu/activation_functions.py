@@ -13,12 +13,13 @@ def gelu_tanh(x):
     `t = exp(-2u)`, and `1 - gate` as `t * gate`.
 
     The derivative multiplies `1 - gate` by numbers of order ten; as a difference from one it would
-    lose more than torch's derivative does. Below the clamp `gate` is under 1e-34, and `t` finite.
+    lose more than torch's derivative does. Below -9.9, where `t` is still finite, both results are
+    under 1e-34 and stay as they are there.
     """
+    x = tl.maximum(x, -9.9, propagate_nan=tl.PropagateNan.ALL)
     square = x * x
     # in powers of two, what the hardware has: 1.5957691216057308 * log2(e)
-    u = tl.maximum(x * (2.302208198 + 0.102943240 * square), -115.0)
-    t = tl.exp2(-u)
+    t = tl.exp2(-x * (2.302208198 + 0.102943240 * square))
     gate = 1.0 / (1.0 + t)
     act = x * gate
     slope = 1.5957691216057308 + 0.214064449 * square

@@ -10,6 +10,9 @@ import re
 import subprocess
 import tempfile
 import time
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from emergence_kernels.gpu.defaults import Target
 from emergence_kernels.gpu.launch import Launch
+from emergence_kernels.processes import warm_processes
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,23 @@ class CompileJob:
             tensor_columns=getattr(compiled.metadata, "tmem_size", None) or 0,
             seconds=seconds,
         )
+
+
+def compile_in_parallel(jobs: Sequence[CompileJob], processes: int) -> Iterator[Resources | str]:
+    """What every job gives, in order: its resources, or why it does not compile.
+
+    Triton's cache then has the kernels, and a launch in any process takes milliseconds.
+    """
+    with ProcessPoolExecutor(processes, mp_context=warm_processes(__name__)) as pool:
+        yield from pool.map(_outcome, jobs)
+
+
+def _outcome(job: CompileJob) -> Resources | str:
+    warnings.simplefilter("ignore")
+    try:
+        return job.run()
+    except Exception as error:  # noqa: BLE001  whatever a compiler raises is a finding
+        return f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
 
 
 @dataclass(frozen=True)

@@ -114,10 +114,6 @@ def _shortened(config: GemmConfig, target: Target, dtype: torch.dtype) -> GemmCo
     return config
 
 
-_WIDE_EPILOGUE: tuple[Product, ...] = ("up", "activation_grad")
-"""Products whose epilogue needs the registers that a larger accumulator would take."""
-
-
 def candidates(
     product: Product,
     target: Target,
@@ -161,7 +157,8 @@ def _tiles(product: Product, bucket: int) -> list[tuple[int, int]]:
     if bucket == 64:
         return [(64, 64), (64, 128), (64, 256)]
     tiles = [(64, 128), (128, 64), (128, 128)]
-    return tiles if product in _WIDE_EPILOGUE else [*tiles, (128, 256)]
+    # the up projection's epilogue needs the registers that a larger accumulator would take
+    return tiles if product == "up" else [*tiles, (128, 256)]
 
 
 def _variants(
@@ -186,9 +183,10 @@ def _variants(
         return [base, dataclasses.replace(base, persistent=True)]
     deep = dataclasses.replace(base, stages=4)
     found = [base, deep, dataclasses.replace(deep, persistent=True)]
-    if product != "weight_grad" and target.name in ("sm_90", "sm_100"):
+    if target.name in ("sm_90", "sm_100"):
         described = dataclasses.replace(deep, tma=True)
-        found += [described, dataclasses.replace(described, persistent=True)]
+        found += [dataclasses.replace(described, stages=stages) for stages in (3, 4, 6)]
+        found.append(dataclasses.replace(described, persistent=True))
         if target.name == "sm_100" and product in ("down", "input_grad"):
             found.append(dataclasses.replace(described, specialize=True))
     return found
@@ -202,7 +200,8 @@ def _fits(config: GemmConfig, target: Target, dtype: torch.dtype) -> bool:
 
 _TF32_SPILLS: tuple[tuple[Product, tuple[int, int]], ...] = (
     ("up", (64, 64)),
-    ("activation_grad", (32, 64)),
+    ("up", (128, 128)),
+    ("activation_grad", (64, 64)),
     ("input_grad", (64, 64)),
     *((product, (128, 256)) for product in PRODUCTS),
 )
@@ -213,6 +212,6 @@ def _spills(product: Product, config: GemmConfig, precision: str, *, gated: bool
     tile = (config.block_m, config.block_n)
     if product == "up" and gated:
         return config.block_m * config.block_n > 1024 * config.warps  # two accumulators
-    if product == "activation_grad" and gated and config.tma:
-        return tile == (64, 256)
+    if product == "up" and tile == (32, 128):
+        return not config.tma
     return precision == "tf32" and (product, tile) in _TF32_SPILLS

@@ -11,9 +11,7 @@ import argparse
 import itertools
 import json
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -21,7 +19,7 @@ from typing import Literal, get_args
 import triton
 
 from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.compiling import CompileJob, Resources
+from emergence_kernels.gpu.compiling import CompileJob, Resources, compile_in_parallel
 from emergence_kernels.gpu.defaults import TARGETS
 from emergence_kernels.gpu.launch import Launch
 from emergence_kernels.gpu.recording import (
@@ -34,7 +32,6 @@ from emergence_kernels.gpu.recording import (
     product_of,
 )
 from emergence_kernels.gpu.resource_tables import csv_table, replace_table, summary_table
-from emergence_kernels.processes import warm_processes
 
 Which = Literal["default", "all"]
 
@@ -125,24 +122,15 @@ def compilations(cases: Iterable[Case], which: Which) -> list[Compilation]:
     return list(found.values())
 
 
-def _outcome(job: CompileJob) -> Resources | str:
-    warnings.simplefilter("ignore")
-    try:
-        return job.run()
-    except Exception as error:  # noqa: BLE001  whatever a compiler raises is a finding
-        return f"does not compile: {type(error).__name__}: {' '.join(str(error).split())[-200:]}"
-
-
 def compile_all(
     wanted: Sequence[Compilation], jobs: int, progress: Callable[[Row], None]
 ) -> list[Row]:
     """Compile in `jobs` processes; `progress` sees every row as soon as it is known."""
     rows = []
-    with ProcessPoolExecutor(jobs, mp_context=warm_processes(CompileJob.__module__)) as pool:
-        outcomes = pool.map(_outcome, [compilation.job for compilation in wanted])
-        for compilation, outcome in zip(wanted, outcomes, strict=True):
-            rows.append(compilation.row(outcome))
-            progress(rows[-1])
+    outcomes = compile_in_parallel([compilation.job for compilation in wanted], jobs)
+    for compilation, outcome in zip(wanted, outcomes, strict=True):
+        rows.append(compilation.row(outcome))
+        progress(rows[-1])
     return rows
 
 

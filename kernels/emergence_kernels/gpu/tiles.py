@@ -98,10 +98,11 @@ def multiply_rows(
 ):
     """(BLOCK_M, BLOCK_N) fp32: rows times columns of one weight."""
     if a_ptr.dtype.element_ty == tl.float32 and PRECISION == "ieee":
+        STEP: tl.constexpr = CHAIN if BLOCK_K < CHAIN else BLOCK_K
         accumulator = tl.zeros((row_offsets.shape[0], columns.shape[0]), dtype=tl.float32)
-        for first in range(0, K, CHAIN):
+        for first in range(0, K, STEP):
             accumulator += _multiply_chain(
-                a_ptr, row_offsets, w_ptr, columns, first, tl.minimum(first + CHAIN, K), K,
+                a_ptr, row_offsets, w_ptr, columns, first, tl.minimum(first + STEP, K), K,
                 STRIDE_K, STRIDE_N, BLOCK_K, PRECISION,
             )  # fmt: skip
         return accumulator

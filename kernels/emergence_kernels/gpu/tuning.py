@@ -7,6 +7,7 @@ K experts per token, S = T*K routed rows.
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
 from emergence_kernels.activations import Activation, pre_activation_width
-from emergence_kernels.gpu.defaults import candidates, default_plan, target_of
+from emergence_kernels.gpu.compiling import CompileJob, compile_in_parallel
+from emergence_kernels.gpu.defaults import Target, candidates, default_plan, target_of
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product, rows_bucket
-from emergence_kernels.gpu.launch import matmul_precision
+from emergence_kernels.gpu.launch import matmul_precision, recorded_launches
 from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.up_projection import up_projection
 from emergence_kernels.gpu.weight_gradient import weight_gradient
@@ -70,20 +72,39 @@ def tune(
     runs, precision = product_runs(shape, device)
     gated = shape.activation == "swiglu"
     default = default_plan(target, shape.dtype, precision, bucket, gated=gated)
+    others = {
+        p: candidates(p, target, shape.dtype, bucket, precision=precision, gated=gated)
+        for p in PRODUCTS
+    }
+    if device.type == "cuda":
+        _compile(runs, others, target)
     for product in PRODUCTS:
         run: Run = runs[product]
         start: GemmConfig = getattr(default, product)
         expected = run(start)
         best = Tuned(product, start, *[_time(run, start, measure)] * 2)
-        for config in candidates(
-            product, target, shape.dtype, bucket, precision=precision, gated=gated
-        ):
+        for config in others[product]:
             if not agrees(product, config, run, expected):
                 continue
             milliseconds = _time(run, config, measure)
             if milliseconds < best.milliseconds:
                 best = dataclasses.replace(best, config=config, milliseconds=milliseconds)
         yield best
+
+
+def _compile(
+    runs: dict[Product, Run], configs: dict[Product, list[GemmConfig]], target: Target
+) -> None:
+    """Compile every candidate with all cores; one that fails is passed over where it is tried."""
+    with recorded_launches() as recorded:
+        for product, candidates_of_product in configs.items():
+            for config in candidates_of_product:
+                runs[product](config)
+    jobs = {job.key(): job for job in (CompileJob.of(launch, target) for launch in recorded)}
+    failed = 0
+    for outcome in compile_in_parallel([*jobs.values()], os.cpu_count() or 1):
+        failed += isinstance(outcome, str)
+    _log.info("compiled %d configurations, %d failed", len(jobs), failed)
 
 
 def plan_of(tuned: list[Tuned]) -> GemmPlan:
@@ -103,7 +124,8 @@ def agrees(product: Product, config: GemmConfig, run: Run, expected: tuple[Tenso
     """
     try:
         found = run(config)
-    except (CompilationError, OutOfResources, PTXASError) as error:
+    # RuntimeError: what Triton's driver raises for a launch that fails
+    except (CompilationError, OutOfResources, PTXASError, RuntimeError) as error:
         _log.info("%s does not take %s: %s", product, config, str(error).splitlines()[0])
         return False
     for ours, theirs in zip(found, expected, strict=True):

@@ -1,0 +1,55 @@
+"""What the program needs on a machine that reaches no package index, in one folder.
+
+The folder lies in the repository and is ignored by git: `.gpu/wheels`, and `.gpu/commit`, since a
+copy of the working tree need not have its history.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+FOLDER = REPOSITORY / ".gpu"
+WHEELS = (
+    "transformers==5.24.0",
+    "tyro==1.0.17",
+    "docstring-parser==0.18.0",
+    "typeguard==4.6.1",
+    "torchdata==0.11.0",
+    "datasets==5.2.0",
+    "dill==0.4.1",
+    "multiprocess==0.70.19",
+)
+"""Pure Python, or built for CPython 3.12, so that they run beside any torch."""
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def pack() -> Path:
+    """Fill `.gpu`; what pip says goes to stderr.
+
+    Raises:
+        subprocess.CalledProcessError: when git or pip fails.
+    """
+    wheels = FOLDER / "wheels"
+    wheels.mkdir(parents=True, exist_ok=True)
+    for old in wheels.glob("*.whl"):
+        old.unlink()
+    platforms = [word for name in PLATFORMS for word in ("--platform", name)]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+         "--python-version", "3.12", "--implementation", "cp", *platforms,
+         "--dest", str(wheels), *WHEELS],
+        check=True,
+    )  # fmt: skip
+    head = subprocess.run(
+        ["git", "-C", str(REPOSITORY), "rev-parse", "HEAD"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (FOLDER / "commit").write_text(head.stdout, encoding="utf-8")
+    return FOLDER
+
+
+def packed_commit() -> str | None:
+    """The commit that was packed, if any."""
+    path = FOLDER / "commit"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
