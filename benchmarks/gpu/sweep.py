@@ -97,7 +97,6 @@ def sweep(setting: Setting) -> Iterator[Fields]:
 def describe(config: GemmConfig) -> str:
     """Short and readable."""
     flags = [n for n in ("persistent", "tma", "specialize") if getattr(config, n)]
-    flags += [f"regs{config.registers}"] if config.registers else []
     size = f"{config.block_m}x{config.block_n}x{config.block_k}"
     return " ".join([size, f"w{config.warps}", f"s{config.stages}", *flags])
 

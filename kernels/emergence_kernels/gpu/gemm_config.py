@@ -31,18 +31,15 @@ class GemmConfig:
     persistent: bool = False
     """One program per multiprocessor walks over the tiles, instead of one program per tile."""
     tma: bool = False
-    """Load weights, and rows that are not gathered, through tensor descriptors where the device
-    has them (sm_90 on) and rows are 16-byte aligned. `weight_grad` ignores it."""
+    """Load both factors through tensor descriptors, where the device has them (sm_90 on) and rows
+    are 16-byte aligned."""
     specialize: bool = False
-    """With `tma`, for `down` and `input_grad`, which gather nothing: on sm_100 some warps load
-    while others multiply."""
-    registers: int = 0
-    """Most registers a thread may have, so that more blocks fit a multiprocessor; 0 for no limit.
-    AMD's compiler knows no such limit."""
+    """With `tma`, for the products of `row_product`: on sm_100 some warps load while others
+    multiply."""
 
     def options(self) -> dict[str, int]:
         """Compile-time constants and launch options, by the names that the kernels use."""
-        options = {
+        return {
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "BLOCK_K": self.block_k,
@@ -50,7 +47,6 @@ class GemmConfig:
             "num_warps": self.warps,
             "num_stages": self.stages,
         }
-        return options | {"maxnreg": self.registers} if self.registers else options
 
     def __post_init__(self) -> None:
         assert self.tma or not self.specialize, "specialize needs tma"
