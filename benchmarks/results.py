@@ -85,7 +85,8 @@ def describe_environment(device: str) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
+        # without the folders of this machine
+        "command": " ".join(Path(w).name if Path(w).is_absolute() else w for w in sys.orig_argv),
         "device": device,
         "device_name": name,
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

@@ -62,6 +62,7 @@ def test_a_stage_that_fails_or_dies_keeps_its_rows_and_the_next_one_runs(tmp_pat
     assert [found[name]["state"] for name in "abc"] == ["failed", "died", "complete"]
     assert [len(found[name]["rows"]) for name in "abc"] == [1, 1, 2]
     assert "the reason" in found["a"]["error"]
+    assert str(pack.REPOSITORY) not in found["a"]["error"]
     assert "139" in found["b"]["error"]
 
 

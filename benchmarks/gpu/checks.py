@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.gpu.program import Fields, Setting
+from benchmarks.gpu.program import REPOSITORY, Fields, Setting
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TESTS = ("tests/test_gpu_layer.py", "tests/test_moe_dispatch.py", "tests/test_kernels_*.py")
 TINY_TESTS = ("tests/test_kernels_routing.py",)
 

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from benchmarks.gpu.program import REPOSITORY
+
 FOLDER = REPOSITORY / ".gpu"
 WHEELS = (
     "transformers==5.24.0",

@@ -7,6 +7,7 @@ traceback, and the next one runs.
 import dataclasses
 import json
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from typing import Any
 from emergence_kernels.processes import warm_processes
 
 logger = logging.getLogger(__name__)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 Fields = dict[str, Any]
 """What was measured, JSON-ready."""
@@ -156,5 +159,5 @@ def _measure(stage: Stage, setting: Setting, parent: Any) -> None:
             parent.send(("row", row))
         parent.send(("complete", None))
     except BaseException:  # noqa: BLE001 - whatever it is, it goes into the record
-        parent.send(("failed", traceback.format_exc()[-4000:]))
+        parent.send(("failed", traceback.format_exc().replace(f"{REPOSITORY}{os.sep}", "")[-4000:]))
     parent.close()
