@@ -201,6 +201,21 @@ def command_environment() -> dict[str, str]:
     return {**alone(), "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
+def compile_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Python with a compilation cache of its own, and never in the interpreter."""
+    environment = {**command_environment(), "TRITON_CACHE_DIR": str(folder / "cache")}
+    environment.pop("TRITON_INTERPRET", None)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
 def alone() -> dict[str, str]:
     """The environment without what makes a pytest started in it take itself for a worker."""
     return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}

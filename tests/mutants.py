@@ -15,7 +15,6 @@ TESTS_OF_FILE = {
     # those that are closest to the file come first
     "gpu/tiles.py": (PARTS, PRODUCTS, GRADIENTS, WHOLE),
     "gpu/activation_functions.py": (PARTS, WHOLE),
-    "gpu/gather.py": (PRODUCTS, WHOLE),
     "gpu/up_projection.py": (PRODUCTS, WHOLE),
     "gpu/row_product.py": (PRODUCTS, WHOLE),
     "gpu/combine.py": (PRODUCTS, WHOLE),
@@ -117,32 +116,6 @@ TILES = [
         "gpu/tiles.py",
         "tl.minimum(first + STEP, K)",
         "K",
-    ),
-]
-GATHER = [
-    Mutation(
-        "gather-no-row-mask",
-        "gpu/gather.py",
-        "(row < num_rows)[:, None] & (h < H)[None, :]",
-        "(row >= 0)[:, None] & (h < H)[None, :]",
-    ),
-    Mutation(
-        "gather-no-column-mask",
-        "gpu/gather.py",
-        "(row < num_rows)[:, None] & (h < H)[None, :]",
-        "(row < num_rows)[:, None] & (h >= 0)[None, :]",
-    ),
-    Mutation(
-        "gather-rows-taken-for-contiguous",
-        "gpu/gather.py",
-        "STRIDE_X=x_TH.stride(0)",
-        "STRIDE_X=hidden",
-    ),
-    Mutation(
-        "gather-32-bit-offset-of-the-token",
-        "gpu/gather.py",
-        "x_ptr + token[:, None] * STRIDE_X",
-        "x_ptr + token.to(tl.int32)[:, None] * STRIDE_X",
     ),
 ]
 UP_PROJECTION = [
@@ -269,8 +242,20 @@ COMBINE = [
     Mutation(
         "combine-32-bit-offset-of-the-row",
         "gpu/combine.py",
-        "rows_ptr + row[:, None] * H",
-        "rows_ptr + row.to(tl.int32)[:, None] * H",
+        "rows_ptr + row[:, None] * STRIDE",
+        "rows_ptr + row.to(tl.int32)[:, None] * STRIDE",
+    ),
+    Mutation(
+        "combine-rows-taken-for-contiguous",
+        "gpu/combine.py",
+        "row[:, None] * STRIDE",
+        "row[:, None] * H",
+    ),
+    Mutation(
+        "combine-no-row-mask",
+        "gpu/combine.py",
+        "(t < num_tokens)[:, None] & (h < H)[None, :]",
+        "(t >= 0)[:, None] & (h < H)[None, :]",
     ),
     Mutation(
         "combine-no-column-mask",
@@ -724,7 +709,6 @@ MUTATIONS = [
     *ROUTING,
     *SORTING,
     *TILES,
-    *GATHER,
     *UP_PROJECTION,
     *ROW_PRODUCT,
     *COMBINE,

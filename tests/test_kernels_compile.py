@@ -4,13 +4,11 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, command_environment
+from conftest import REPOSITORY, compile_process
 
 pytest.importorskip("triton", reason="the kernels are compiled by Triton, which is not installed")
 
@@ -29,21 +27,6 @@ INSTRUCTIONS = {
     "sm_100": {"tcgen05", "mma.sync"},
     "gfx942": {"mfma"},
 }
-
-
-def compile_process(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Python with a compilation cache of its own, and never in the interpreter."""
-    environment = {**command_environment(), "TRITON_CACHE_DIR": str(folder / "cache")}
-    environment.pop("TRITON_INTERPRET", None)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def compiled_rows(folder: Path, *flags: str) -> list[dict[str, Any]]:

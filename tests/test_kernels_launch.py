@@ -1,13 +1,11 @@
 """Starting a kernel: compiled once for everything that it depends on, then started directly."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import command_environment
+from conftest import compile_process
 
 pytest.importorskip("triton", reason="kernels are started by Triton, which is not installed")
 
@@ -43,8 +41,7 @@ class Absent:
 
 driver.set_active(Absent())
 from emergence_kernels.gpu import launch as launching
-from emergence_kernels.gpu.combine import combine
-from emergence_kernels.gpu.gather import gather
+from emergence_kernels.gpu.combine import combine, gather
 
 through_triton = []
 original = triton.runtime.JITFunction.run
@@ -74,18 +71,7 @@ print(json.dumps({"through_triton": cached[0], "starts": cached[1], "fresh": STA
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("launch")
-    environment = {**command_environment(), "TRITON_CACHE_DIR": str(folder / "cache")}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", WITH_A_DRIVER_THAT_RECORDS],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    # Triton finds a kernel's source in files, this script's classes are none
+    done = compile_process(folder, "-c", WITH_A_DRIVER_THAT_RECORDS)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -23,8 +23,7 @@ from emergence_kernels.gpu.activation_gradient import (
     _activation_gradient_bwd_kernel,
     activation_gradient,
 )
-from emergence_kernels.gpu.combine import _combine_fwd_kernel, combine
-from emergence_kernels.gpu.gather import gather
+from emergence_kernels.gpu.combine import _combine_fwd_kernel, combine, gather
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.row_product import row_product
@@ -170,7 +169,7 @@ class TestRowsAtTheEnd:
         inv_perm, y = whole(before + 1, before), untouched(2, 16)
         launch(
             _combine_fwd_kernel, (1, 1), rows, inv_perm, None, y, 2,
-            H=16, K=1, WEIGHTED=False, BLOCK_T=16, BLOCK_H=16, num_warps=4,
+            H=16, K=1, STRIDE=16, WEIGHTED=False, BLOCK_T=16, BLOCK_H=16, num_warps=4,
         )  # fmt: skip
         assert torch.equal(y, rows[before:].flip(0))
 

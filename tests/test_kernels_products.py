@@ -32,9 +32,8 @@ from kernel_cases import (
 
 from emergence_kernels import expert_mlp_loop, grouped_gemm, grouped_gemm_dw, reference
 from emergence_kernels.activations import activate
-from emergence_kernels.gpu.combine import combine
+from emergence_kernels.gpu.combine import combine, gather
 from emergence_kernels.gpu.descriptors import can_describe
-from emergence_kernels.gpu.gather import gather
 from emergence_kernels.gpu.gemm_config import GemmConfig
 from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.up_projection import up_projection

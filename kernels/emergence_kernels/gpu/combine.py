@@ -1,4 +1,5 @@
-"""Combine: every token gathers its K rows and sums them, so that nothing is added concurrently.
+"""Combine: every token gathers its K rows and sums them, so that nothing is added concurrently. And
+gather, where every sorted row is a sum of one.
 
 Letters: T tokens, H model width, K experts per token, S = T*K routed rows sorted by expert.
 """
@@ -12,13 +13,14 @@ from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 
 @triton.jit
 def _combine_fwd_kernel(
-    rows_ptr,  # (S, H) contiguous, sorted by expert
+    rows_ptr,  # (S, H) sorted by expert, rows STRIDE apart
     inv_perm_ptr,  # (S,) int64: the sorted row of every slot t*K + k
     weights_ptr,  # (T, K) contiguous, read if WEIGHTED
     y_ptr,  # (T, H) out
     num_tokens,
     H: tl.constexpr,
     K: tl.constexpr,
+    STRIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_H: tl.constexpr,
@@ -31,7 +33,7 @@ def _combine_fwd_kernel(
     for k in tl.static_range(K):
         slot = t * K + k
         row = tl.load(inv_perm_ptr + slot, mask=t < num_tokens, other=0)
-        part = tl.load(rows_ptr + row[:, None] * H + h[None, :], mask=inside, other=0.0)
+        part = tl.load(rows_ptr + row[:, None] * STRIDE + h[None, :], mask=inside, other=0.0)
         part = part.to(tl.float32)
         if WEIGHTED:
             weight = tl.load(weights_ptr + slot, mask=t < num_tokens, other=0.0)
@@ -43,10 +45,10 @@ def _combine_fwd_kernel(
 def combine(rows_SH: Tensor, inv_perm_S: Tensor, top_k: int, weights_TK: Tensor | None) -> Tensor:
     """Sum (T, H) over k of `weights[t, k] * rows[inv_perm[t*K + k]]`, in fp32, rounded once.
 
-    Without `weights_TK` (T, K) the rows are added as they are.
+    Without `weights_TK` (T, K) the rows are added as they are. Rows are contiguous.
     """
-    num_rows, hidden = rows_SH.shape
-    num_tokens = num_rows // top_k
+    hidden = rows_SH.shape[1]
+    num_tokens = inv_perm_S.numel() // top_k
     y_TH = rows_SH.new_empty(num_tokens, hidden)
     block_h = min(next_power_of_2(hidden), 1024)
     block_t = max(2048 // block_h, 1)
@@ -60,9 +62,19 @@ def combine(rows_SH: Tensor, inv_perm_S: Tensor, top_k: int, weights_TK: Tensor 
         num_tokens,
         H=hidden,
         K=top_k,
+        STRIDE=rows_SH.stride(0),
         WEIGHTED=weights_TK is not None,
         BLOCK_T=block_t,
         BLOCK_H=block_h,
         num_warps=4,
     )
     return y_TH
+
+
+def gather(x_TH: Tensor, token_idx_S: Tensor) -> Tensor:
+    """`x[token_idx]` (S, H), contiguous. The rows of `x_TH` are contiguous.
+
+    Products that gather while they load are slower on Hopper by more than this copy takes: a tile
+    of scattered rows needs an address per row, a tile of neighbouring ones a single descriptor.
+    """
+    return combine(x_TH, token_idx_S, 1, None)

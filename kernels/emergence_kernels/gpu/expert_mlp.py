@@ -8,9 +8,8 @@ from torch import Tensor
 
 from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE, activation_gradient
-from emergence_kernels.gpu.combine import combine
+from emergence_kernels.gpu.combine import combine, gather
 from emergence_kernels.gpu.defaults import default_plan, target_of
-from emergence_kernels.gpu.gather import gather
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
 from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
 from emergence_kernels.gpu.row_product import row_product
