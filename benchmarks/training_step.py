@@ -5,7 +5,7 @@ Letters: A micro-batches, B sequences in one, L tokens in a sequence.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +23,12 @@ from moe_emergence.config import OptimConfig
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise
+from moe_emergence.training.graph import WARM_UP, CudaCapture, GraphedUpdate
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.schedules import build_optimizer
-from moe_emergence.training.step import forward_backward
+from moe_emergence.training.update import Update
 
 REFERENCE = "predecessor"
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -80,8 +81,12 @@ SETUPS = {
     )
 }
 MIXTURES = ("fused", "fused-micro", "sequential", "grouped", "auto")
-"""Dispatchers, the one whose memory is measured first; "-micro" counts balance by micro-batch."""
+"""Dispatchers, the one whose memory is measured first."""
 MODELS = ("predecessor", "dense", *MIXTURES)
+GRAPHED = ("dense-graph", "fused-graph", "grouped-graph")
+"""For a GPU."""
+MICRO, GRAPH = "-micro", "-graph"
+"""Endings of those that count balance by micro-batch, and of those that replay the whole step."""
 Change = Literal["kept memory", "fast operators", "head loss"]
 """What the trainer does for speed that can be left out."""
 BYTES_PER_PARAMETER = 16
@@ -115,6 +120,10 @@ class OneProcess:
     def backward(self, loss: Tensor) -> None:
         """Of this process."""
         loss.backward()
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """As torch does."""
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def no_sync(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
         """There is nobody to wait for."""
@@ -180,6 +189,7 @@ class Bench:
         if self.device.type == "cpu" and "kept memory" not in without:
             keep_freed_memory()
         self.optimizer = build_optimizer(self.model, OPTIM)
+        self.updates: dict[str, Update | GraphedUpdate] = {}
         if "fast operators" not in without:
             use_fast_operators(self.model, self.device, self.precision)
         loss = PlainLoss(self.model) if "head loss" in without else NextTokenLoss(self.model)
@@ -222,18 +232,23 @@ class Bench:
             return
         self._dispatch(name)
         noise = RouterNoise(OPTIM.noise_std, 0, 0) if self.kind == "mixture" else None
-        optim = replace(OPTIM, balance_scope="micro" if name.endswith("-micro") else "global")
-        one: Any = self.accelerator
+        if name not in self.updates:
+            self.updates[name] = self._update(name)
         batch: Any = self.batch
-        forward_backward(one, self.trained, batch, optim, noise)
-        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), OPTIM.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.updates[name](batch, noise, OPTIM.learning_rate)
+
+    def _update(self, name: str) -> Update | GraphedUpdate:
+        optim = replace(OPTIM, balance_scope="micro" if name.endswith(MICRO) else "global")
+        one: Any = self.accelerator
+        update = Update(one, self.trained, self.optimizer, optim)
+        if name.endswith(GRAPH):
+            return GraphedUpdate(update, required=True, capture=CudaCapture(self.device))
+        return update
 
     def _dispatch(self, name: str) -> None:
         if isinstance(self.model, MoEGPT2LMHeadModel):
-            dispatch = "sequential" if name == "reference" else name.removesuffix("-micro")
-            self.model.set_dispatch(dispatch)
+            dispatch = name.removesuffix(MICRO).removesuffix(GRAPH)
+            self.model.set_dispatch("sequential" if name == "reference" else dispatch)
 
 
 class PlainLoss(torch.nn.Module):
@@ -277,8 +292,9 @@ def measure_training(
         expected: First = mixture.ask("look", "reference")
         for name in models:
             worker = mixture
-            if name not in MIXTURES:
-                worker = stack.enter_context(Worker(device, Bench, setup, device, precision, name))
+            if name.removesuffix(GRAPH) not in MIXTURES:
+                kind = name.removesuffix(GRAPH)
+                worker = stack.enter_context(Worker(device, Bench, setup, device, precision, kind))
             row = Row("training", group, "step", name, "", parameters=parameters)
             try:
                 first: First = worker.ask("look", name)
@@ -293,14 +309,14 @@ def measure_training(
         # only now: a step changes the weights that the dispatchers share
         seen: set[int] = set()
         for name, worker in works.items():
-            for _ in range(2):
+            for _ in range(WARM_UP + 1 if name.endswith(GRAPH) else 2):
                 worker.ask("step", name)
             if id(worker) not in seen:
                 seen.add(id(worker))
                 rows[name] = replace(rows[name], peak_bytes=worker.ask("peak"))
         samples = take_turns(works, budget_s)
     for name, timed in samples.items():
-        flops = setup.flops(is_moe=name != "dense")
+        flops = setup.flops(is_moe=name.removesuffix(GRAPH) != "dense")
         limit_s = flops / rates["fp32" if name == "predecessor" else precision].flops_per_s
         rows[name] = replace(
             rows[name],
@@ -316,7 +332,7 @@ def measure_training(
 
 
 def _judge(name: str, first: First, expected: First, precision: str) -> dict[str, Any]:
-    if name == "dense":
+    if name.removesuffix(GRAPH) == "dense":
         return {"verdict": "floor", "note": "the model without mixture layers"}
     # the predecessor's arithmetic is fp32 always
     tolerance = LOSS_TOLERANCE["fp32" if name == "predecessor" else precision]

@@ -299,6 +299,9 @@ class RunConfig:
     """Where to run; auto is cuda where there is one."""
     dispatch: DispatchName = "auto"
     """Path from tokens to experts and back; all of them compute the same."""
+    cuda_graph: Literal["auto", "on", "off"] = "off"
+    """On a GPU, capture the whole optimizer step once and launch it with one call: auto where that
+    can be done, on refuses to train where it cannot."""
     autotune: bool = False
     """On a GPU, measure kernel configurations and paths for this run's shape first; --cache-dir
     keeps them for later runs."""

@@ -23,12 +23,13 @@ from moe_emergence.moe import RouterNoise
 from moe_emergence.progress import progress_bar
 from moe_emergence.settings import to_dict
 from moe_emergence.training.environment import make_accelerator
+from moe_emergence.training.graph import make_update
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.schedules import build_optimizer
-from moe_emergence.training.step import forward_backward
 from moe_emergence.training.trainer import tokens_per_step
+from moe_emergence.training.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
     optimizer = build_optimizer(language_model, config.optim)
     model, optimizer = accelerator.prepare(NextTokenLoss(language_model), optimizer)
     optim, length = config.optim, config.data.block_size
+    update = make_update(Update(accelerator, model, optimizer, optim), config)
     shape = (optim.grad_accum_steps, optim.batch_size)
     ids = torch.randint(vocabulary_of(config), (*shape, length), device=accelerator.device)
     batch = StepBatch(ids, torch.zeros(shape, dtype=torch.int64, device=accelerator.device))
@@ -167,10 +169,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
     while len(seconds) < 2 or time.perf_counter() - began < budget_s:
         start = time.perf_counter()
         noise = RouterNoise(optim.noise_std, 0, len(seconds)) if config.model.moe_layers else None
-        forward_backward(accelerator, model, batch, optim, noise)
-        accelerator.clip_grad_norm_(model.parameters(), optim.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(batch, noise, optim.learning_rate)
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -199,10 +199,7 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
             inputs_embeds = self.wte(input_ids)
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        if position_ids is None:
-            seen = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
-            position_ids = position_ids.unsqueeze(0)
+        # of positions it looks for packed sequences, which waits for the device: ours have none
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -210,6 +207,10 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
             cache=cache,
             position_ids=position_ids,
         )
+        if position_ids is None:
+            seen = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            position_ids = position_ids.unsqueeze(0)
         hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
         decisions = []
         for block in self.h:

@@ -6,6 +6,7 @@ batch split over any number of micro-batches or processes all see the same noise
 
 import math
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -17,11 +18,11 @@ _MASK = 0xFFFFFFFF
 class RouterNoise:
     """Which noise to add to the router logits of one forward pass."""
 
-    std: float
-    """Standard deviation of the Gaussian noise on the logits."""
+    std: float | Tensor
+    """Standard deviation of the Gaussian noise on the logits; a tensor is an fp64 scalar."""
     seed: int
-    step: int
-    """Optimizer step, counted from 0."""
+    step: int | Tensor
+    """Optimizer step, counted from 0; a tensor is an int64 scalar."""
     first_token: int = 0
     """Place of the first token of this forward pass among all tokens of the step."""
     run: int = 0
@@ -29,6 +30,11 @@ class RouterNoise:
     stride: int = 0
     """Places from where one run begins to where the next begins."""
     layer: int = 0
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is any; of a tensor it is not asked, which would wait for the device."""
+        return isinstance(self.std, Tensor) or self.std > 0
 
 
 def gaussian_noise(
@@ -38,32 +44,29 @@ def gaussian_noise(
 
     Every deviate is the Box-Muller transform of two 32-bit hashes of its counter.
     """
-    key = 0x9E3779B9
+    key: int | Tensor = 0x9E3779B9
     for part in (noise.seed, noise.step, noise.layer):
-        key = hash_int(key ^ (part & _MASK))
+        key = hash32(key ^ (part & _MASK))
     run = noise.run or max(num_tokens, 1)
     starts = noise.first_token + torch.arange(-(-num_tokens // run), device=device) * noise.stride
     places = starts.unsqueeze(1) + torch.arange(run, device=device)
     places_T1 = places.view(-1, 1)[:num_tokens]
     counter = (places_T1 * num_experts + torch.arange(num_experts, device=device)).flatten()
     low, high = counter & _MASK, counter >> 32
-    mixed = hash_tensor(low ^ key) ^ high
-    radius_bits, angle_bits = hash_tensor(mixed ^ 0x85EBCA6B), hash_tensor(mixed ^ 0xC2B2AE35)
+    mixed = hash32(low ^ key) ^ high
+    radius_bits, angle_bits = hash32(mixed ^ 0x85EBCA6B), hash32(mixed ^ 0xC2B2AE35)
     radius = torch.sqrt(-2.0 * torch.log((radius_bits.double() + 0.5) / 2**32))
     angle = 2.0 * math.pi * angle_bits.double() / 2**32
     deviates = radius * torch.cos(angle) * noise.std
     return deviates.float().view(num_tokens, num_experts)
 
 
-def hash_tensor(x: Tensor) -> Tensor:
-    """A 32-bit integer hash (xor-shift-multiply), elementwise on int64 values below 2^32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
-    x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
-    return x ^ (x >> 16)
-
-
-def hash_int(x: int) -> int:
-    """The same hash of one value."""
+@overload
+def hash32(x: int) -> int: ...
+@overload
+def hash32(x: Tensor) -> Tensor: ...
+def hash32(x: int | Tensor) -> int | Tensor:
+    """A 32-bit integer hash (xor-shift-multiply) of a value, or of int64 elements, below 2^32."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x846CA68B & _MASK
     return x ^ (x >> 16)

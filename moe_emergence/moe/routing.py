@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emergence_kernels import route
-from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash_int, hash_tensor
+from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash32
 
 RouterKind = Literal["learned", "frozen", "hash"]
 Top1Weight = Literal["straight-through", "probability"]
@@ -118,7 +118,7 @@ class TopKRouter(nn.Module):
             wide = torch.promote_types(x_TH.dtype, torch.float32)
             logits_TE = functional.linear(x_TH.to(wide), self.weight.to(wide))
             deviates_TE = None
-            if self.training and noise is not None and noise.std > 0:
+            if self.training and noise is not None and noise.is_on:
                 deviates_TE = gaussian_noise(
                     noise, logits_TE.shape[0], logits_TE.shape[1], logits_TE.device
                 )
@@ -167,8 +167,8 @@ class HashRouter(nn.Module):
         if token_ids_T is None:
             raise ValueError("the hash router needs token_ids: pass input_ids, not inputs_embeds")
         # the layer keys the hash, so that no two layers share a routing
-        key = hash_int(0x9E3779B9 ^ self.layer)
-        hashed_T = hash_tensor((token_ids_T.long() ^ key) & 0xFFFFFFFF) >> 8
+        key = hash32(0x9E3779B9 ^ self.layer)
+        hashed_T = hash32((token_ids_T.long() ^ key) & 0xFFFFFFFF) >> 8
         slots_K = torch.arange(self.top_k, device=x_TH.device)
         experts_TK = (hashed_T[:, None] + slots_K) % self.num_experts
         wide = torch.promote_types(x_TH.dtype, torch.float32)

@@ -1,7 +1,7 @@
 """Resumable checkpoints: complete or absent, and never unpickled into arbitrary objects.
 
-A checkpoint is a Hugging Face model folder with two more files: `trainer.pt` (optimizer, schedule
-and loader states, read with `weights_only=True`) and `checkpoint.json` (step, counters,
+A checkpoint is a Hugging Face model folder with two more files: `trainer.pt` (optimizer and loader
+states, read with `weights_only=True`) and `checkpoint.json` (step, counters,
 configuration and the SHA-256 of every other file).
 """
 
@@ -42,7 +42,7 @@ class Checkpoint:
     data_manifest: dict[str, Any]
     """Of the data the run was trained on."""
     trainer_state: dict[str, Any]
-    """State dicts of optimizer, schedule and loader."""
+    """State dicts of optimizer and loader."""
 
 
 def save_model_folder(

@@ -30,6 +30,7 @@ from moe_emergence.run_folder import RunFolder, read_json, write_json
 from moe_emergence.settings import check, from_dict, to_dict
 from moe_emergence.training.checkpoint import Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
+from moe_emergence.training.graph import check_can_capture
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint
 from moe_emergence.training.tracking import check_tracker
@@ -79,6 +80,7 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     check_can_tune(config, accelerator)
+    check_can_capture(config, accelerator)
     data = _prepare(config, accelerator)
     check_same_data_as(run, checkpoint, data.manifest)
     begun: list[Stage] = []

@@ -3,14 +3,18 @@
 Letters: B sequences, L tokens in a sequence, N predictions, H model width, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedConfig
 
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterDecision, RouterNoise
+from moe_emergence.training.operators import FULL_BLOCKS
 
 
 class NextTokenLoss(nn.Module):
@@ -28,7 +32,8 @@ class NextTokenLoss(nn.Module):
         Under autocast the head's product is in its dtype, the loss in fp32.
         """
         noise = {} if router_noise is None else {"router_noise": router_noise}
-        outputs = self.model.transformer(input_ids=input_ids_BL, use_cache=False, **noise)
+        with _without_masks(self.model.config):
+            outputs = self.model.transformer(input_ids=input_ids_BL, use_cache=False, **noise)
         hidden_BLH, head_VH = outputs.last_hidden_state, self.model.lm_head.weight
         device = hidden_BLH.device.type
         if torch.is_autocast_enabled(device):
@@ -36,6 +41,22 @@ class NextTokenLoss(nn.Module):
             hidden_BLH, head_VH = hidden_BLH.to(dtype), head_VH.to(dtype)
         losses = next_token_losses(hidden_BLH, head_VH, input_ids_BL)
         return losses, outputs.get("router_decisions") or ()
+
+
+@contextmanager
+def _without_masks(config: PreTrainedConfig) -> Iterator[None]:
+    """No attention mask is made: blocks are full, and torch's attention is causal without one.
+
+    Transformers would look for packed sequences in the positions of a dense model: on a GPU the
+    host waits for the device to answer, and a CUDA graph gets a mask where none is needed.
+    """
+    kept = config._attn_implementation
+    if kept == "sdpa":
+        config._attn_implementation = FULL_BLOCKS
+    try:
+        yield
+    finally:
+        config._attn_implementation = kept
 
 
 def next_token_losses(hidden_BLH: Tensor, head_VH: Tensor, input_ids_BL: Tensor) -> Tensor:

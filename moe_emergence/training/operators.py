@@ -70,5 +70,10 @@ def _causal_blocks(
     return causal_attention(query, key, value, scaling).transpose(1, 2), None
 
 
+FULL_BLOCKS = "full_blocks"
+"""Name of torch's own attention for blocks without padding: with no masks registered under it,
+transformers makes none."""
+
+AttentionInterface.register(FULL_BLOCKS, sdpa_attention_forward)
 AttentionInterface.register("causal_blocks", _causal_blocks)
 AttentionMaskInterface.register("causal_blocks", sdpa_mask)

@@ -20,6 +20,7 @@ _FREE = frozenset(
         "device",
         "dispatch",
         "autotune",
+        "cuda_graph",
         "debug",
         "optim.batch_size",
         "optim.grad_accum_steps",

@@ -1,16 +1,19 @@
-"""What changes with the step: learning rate and router noise."""
+"""What changes with the step, learning rate and router noise, and the optimizer they act on."""
+
+import math
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_cosine_schedule_with_warmup
 
 from moe_emergence.config import OptimConfig
 
 
-def learning_rate_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> LambdaLR:
-    """Linear warm-up over `warmup_fraction` of the steps, then a cosine to zero."""
+def learning_rate(step: int, optim: OptimConfig) -> float:
+    """Of a step (from 0): linear over `warmup_fraction` of the steps, then a cosine to zero."""
     warmup = round(optim.warmup_fraction * optim.max_steps)
-    return get_cosine_schedule_with_warmup(optimizer, warmup, optim.max_steps)
+    if step < warmup:
+        return optim.learning_rate * (step / warmup)
+    progress = (step - warmup) / max(1, optim.max_steps - warmup)
+    return optim.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def noise_std(step: int, optim: OptimConfig) -> float:

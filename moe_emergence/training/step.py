@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from moe_emergence.config import DOMAINS, OptimConfig
 from moe_emergence.moe import RouterDecision, RouterNoise, auxiliary_losses
@@ -146,7 +145,9 @@ def _sum_up(
 ) -> StepStatistics:
     zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     rows = torch.cat([p.row_losses_B.detach() for p in passes]).double()
-    domains = functional.one_hot(torch.cat([p.domain_ids_B for p in passes]), len(DOMAINS)).double()
+    # `one_hot` asks a CPU's tensor for its largest value, which no recorded step may
+    ids = torch.cat([p.domain_ids_B for p in passes]).unsqueeze(1)
+    domains = (ids == torch.arange(len(DOMAINS), device=ids.device)).double()
     counts_NE, entropy_N = zero.new_zeros(0, 0), zero.new_zeros(0)
     if passes[0].decisions:
         counts_NE = _counts(passes).double()

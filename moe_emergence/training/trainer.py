@@ -16,21 +16,22 @@ from moe_emergence.config import RunConfig
 from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.domain_fractions import write_domain_fractions
-from moe_emergence.models import MoEGPT2LMHeadModel
 from moe_emergence.models.loading import LanguageModel
-from moe_emergence.moe import RouterNoise, TopKRouter
+from moe_emergence.moe import RouterNoise
 from moe_emergence.run_folder import RunFolder, write_json
 from moe_emergence.settings import to_dict
 from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_model_folder
 from moe_emergence.training.collapse import CollapseDetector
 from moe_emergence.training.evaluation import evaluate
+from moe_emergence.training.graph import make_update
 from moe_emergence.training.interrupt import StopRequest
 from moe_emergence.training.metrics import StepRecord
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.recorder import Recorder
-from moe_emergence.training.schedules import build_optimizer, learning_rate_schedule, noise_std
-from moe_emergence.training.step import StepStatistics, forward_backward
+from moe_emergence.training.schedules import build_optimizer, learning_rate, noise_std
+from moe_emergence.training.step import StepStatistics
+from moe_emergence.training.update import Update
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +84,6 @@ class Trainer:
         self.step, self.best = 0, math.inf
         self.train_seconds = self.wall_seconds = 0.0
         optimizer = build_optimizer(model, config.optim)
-        self.schedule = learning_rate_schedule(optimizer, config.optim)
         self.loader = make_step_loader(
             data.train_blocks,
             seed=config.seed,
@@ -94,6 +94,9 @@ class Trainer:
         )
         use_fast_operators(model, accelerator.device, accelerator.mixed_precision)
         self.model, self.optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+        rate = config.model.expert_bias_rate
+        update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
+        self.update = make_update(update, config)
         self.stop_requested = False
         """After `train`: whether a signal asked to stop, even if the run was complete by then."""
         self.resumed = checkpoint is not None
@@ -173,19 +176,10 @@ class Trainer:
             noise = RouterNoise(noise_std(self.step, optim), config.seed, self.step)
         device = self.accelerator.device
         batch = StepBatch(batch.input_ids.to(device), batch.domain_ids.to(device))
-        sums = forward_backward(self.accelerator, self.model, batch, optim, noise)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), optim.max_grad_norm)
-        learning_rate = float(self.schedule.get_last_lr()[0])
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if config.model.expert_bias_rate and isinstance(self.unwrapped, MoEGPT2LMHeadModel):
-            layers = self.unwrapped.moe_layers().values()
-            for layer, counts_E in zip(layers, sums.expert_counts_NE, strict=True):
-                if isinstance(layer.router, TopKRouter):
-                    layer.router.update_expert_bias(counts_E, config.model.expert_bias_rate)
-        std = None if noise is None else noise.std
-        self.recorder.step(StepRecord(self.step + 1, sums, norm, learning_rate, std))
+        rate = learning_rate(self.step, optim)
+        sums, grad_norm = self.update(batch, noise, rate)
+        std = None if noise is None else noise_std(self.step, optim)
+        self.recorder.step(StepRecord(self.step + 1, sums, grad_norm, rate, std))
         return sums
 
     def _collapsed(self, sums: StepStatistics) -> bool:
@@ -233,7 +227,6 @@ class Trainer:
     def _save_checkpoint(self) -> None:
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "loader": self.loader.state_dict(),
         }
         progress = {
@@ -258,7 +251,6 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
         self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
-        self.schedule.load_state_dict(checkpoint.trainer_state["schedule"])
         self.loader.load_state_dict(checkpoint.trainer_state["loader"])
         self.best = checkpoint.progress["best_eval_lm_loss"]
         self.detector.load_state_dict(checkpoint.progress["collapse_streaks"])

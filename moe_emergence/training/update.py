@@ -1,0 +1,65 @@
+"""One update of the weights: gradients of a step, clipping, AdamW, and the balancing bias."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_emergence.config import OptimConfig
+from moe_emergence.moe import RouterNoise, TopKRouter
+from moe_emergence.training.step import StepStatistics, forward_backward
+
+if TYPE_CHECKING:
+    # updates are measured where neither is installed
+    from accelerate import Accelerator
+
+    from moe_emergence.data.loader import StepBatch
+
+
+class Outcome(NamedTuple):
+    """What an update measured, on the device."""
+
+    sums: StepStatistics
+    grad_norm: Tensor
+    """Scalar: norm of the gradient before clipping."""
+
+
+class Update:
+    """Takes optimizer steps of `model`, launching every kernel from the host.
+
+    Args:
+        accelerator: device, precision and processes.
+        model: a `NextTokenLoss`, as it is or prepared by `accelerator`.
+        optimizer: of its parameters, likewise.
+        bias_rate: step of the routers' balancing bias; 0 leaves it alone.
+    """
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        optim: OptimConfig,
+        bias_rate: float = 0.0,
+    ) -> None:
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.optim, self.bias_rate = optim, bias_rate
+        self.routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
+
+    def __call__(
+        self, batch: "StepBatch", noise: RouterNoise | None, learning_rate: float | Tensor
+    ) -> Outcome:
+        """Take a step with this process's share (A, B, L) of the batch, on the device.
+
+        `noise` is None for a dense model. A learning rate on the device is read there.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums = forward_backward(self.accelerator, self.model, batch, self.optim, noise)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.bias_rate and self.routers:
+            for router, counts_E in zip(self.routers, sums.expert_counts_NE, strict=True):
+                router.update_expert_bias(counts_E, self.bias_rate)
+        return Outcome(sums, norm)
