@@ -119,24 +119,31 @@ EVERYTHING = (True,) * 6
 
 
 def by_kernels(
-    case: Case, plan: GemmPlan = SMALL_PLAN, wanted: tuple[bool, ...] = EVERYTHING
+    case: Case,
+    plan: GemmPlan = SMALL_PLAN,
+    wanted: tuple[bool, ...] = EVERYTHING,
+    kept: torch.dtype | None = None,
 ) -> Computed:
-    """Output, pre-activations and gradients of the kernels."""
+    """Output, pre-activations and gradients of the kernels; `kept` as the weights are kept."""
     x, weights, w1, b1, w2, b2, dy, permutation, activation = case
     y, pre = kernels.forward(x, weights, w1, b1, w2, b2, permutation, activation, plan)
     gradients = kernels.backward(
-        dy, x, weights, w1, w2, b2, pre, permutation, activation, plan, _given(case, wanted)
-    )
+        dy, x, weights, w1, w2, b2, pre, permutation, activation, kept or x.dtype, plan,
+        _given(case, wanted),
+    )  # fmt: skip
     return {"y": y, "pre": pre, **dict(zip(INPUTS, gradients, strict=True))}
 
 
-def by_loop(case: Case, wanted: tuple[bool, ...] = EVERYTHING) -> Computed:
+def by_loop(
+    case: Case, wanted: tuple[bool, ...] = EVERYTHING, kept: torch.dtype | None = None
+) -> Computed:
     """The same from the plain-torch path, in the same dtype."""
     x, weights, w1, b1, w2, b2, dy, permutation, activation = case
     y, pre = expert_mlp_loop.forward(x, weights, w1, b1, w2, b2, permutation, activation)
     gradients = expert_mlp_loop.backward(
-        dy, x, weights, w1, w2, b2, pre, permutation, activation, _given(case, wanted)
-    )
+        dy, x, weights, w1, w2, b2, pre, permutation, activation, kept or x.dtype,
+        _given(case, wanted),
+    )  # fmt: skip
     return {"y": y, "pre": pre, **dict(zip(INPUTS, gradients, strict=True))}
 
 

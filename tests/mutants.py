@@ -407,6 +407,12 @@ WEIGHT_GRADIENT = [
         ".to(a.dtype).to(tl.float32)",
     ),
     Mutation(
+        "dW-rounded-to-the-dtype-of-its-factors",
+        "gpu/weight_gradient.py",
+        "    return dw_EIO\n",
+        "    return dw_EIO.to(a_SI.dtype).to(dtype)\n",
+    ),
+    Mutation(
         "dW-tile-of-another-expert",
         "gpu/weight_gradient.py",
         "expert = tile // (tiles_m * tiles_n)",
@@ -545,6 +551,12 @@ ASSEMBLY = [
         "gather(dy_TH, token_idx_S)",
     ),
     Mutation(
+        "db1-in-the-dtype-of-the-tokens",
+        "gpu/expert_mlp.py",
+        "offsets, ROWS_PER_TILE, dtype)",
+        "offsets, ROWS_PER_TILE, x_TH.dtype)",
+    ),
+    Mutation(
         "biass-part-of-the-routing-weights-gradient-lost",
         "gpu/expert_mlp.py",
         "through.dscale_NS, bias_dscale_S,",
@@ -579,8 +591,8 @@ LOOP = [
     Mutation(
         "loop-db1-of-the-next-gradients-rows",
         "expert_mlp_loop.py",
-        "db1 = grouped_sum(dpre_SP, offsets)",
-        "db1 = grouped_sum(dpre_SP.roll(1, 0), offsets)",
+        "db1 = grouped_sum(dpre_SP, offsets, dtype)",
+        "db1 = grouped_sum(dpre_SP.roll(1, 0), offsets, dtype)",
     ),
     Mutation(
         "loop-combined-in-the-input-dtype",

@@ -45,8 +45,9 @@ def run(shape: tuple[int, ...], activation: Activation, config: GemmConfig) -> l
     plan = GemmPlan(*[config] * 5)
     y, pre = expert_mlp.forward(x, weights, w1, b1, w2, b2, permutation, activation, plan)
     gradients = expert_mlp.backward(
-        dy, x, weights, w1, w2, b2, pre, permutation, activation, plan, (True,) * 6
-    )
+        dy, x, weights, w1, w2, b2, pre, permutation, activation, x.dtype, plan,
+        (True,) * 6,
+    )  # fmt: skip
     return [y, *(gradient for gradient in gradients if gradient is not None)]
 
 

@@ -149,6 +149,20 @@ def test_what_is_wanted_is_the_same_alone_and_the_rest_is_none(names) -> None:
             assert found[name] is None, name
 
 
+@pytest.mark.parametrize("run", [by_kernels, by_loop], ids=["kernels", "loop"])
+def test_gradients_of_weights_kept_in_fp32_are_not_rounded_to_less(run) -> None:
+    """Rounded afterwards they are those of fp16 weights, bit for bit; and the rest is the same."""
+    case = make_case(Shape(40, 24, 16, 3, 2), torch.float16)
+    plain, wide = run(case), run(case, kept=torch.float32)
+    for name in ("w1", "b1", "w2", "b2"):
+        assert wide[name].dtype == torch.float32, name
+        assert torch.equal(wide[name].half(), plain[name]), name
+        if run is by_kernels or name in ("b1", "b2"):  # a CPU rounds its products
+            assert not torch.equal(wide[name], plain[name].float()), name
+    for name in ("y", "x", "weights"):
+        assert torch.equal(wide[name], plain[name]), name
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
 def test_an_expert_does_not_see_the_numbers_of_another(bad, activation) -> None:

@@ -174,7 +174,9 @@ class TestOutputBiasGradient:
         permutation = case.permutation
         dy = surrounded(case.dy[permutation.token_idx])
         with poisoned_empty(guarded=True):
-            db2, dscale = output_bias_gradient(dy, case.weights, case.b2, permutation)
+            db2, dscale = output_bias_gradient(
+                dy, case.weights, case.b2, permutation, case.b2.dtype
+            )
         dy = dy.to(FP64)
         scale = case.weights.to(FP64).reshape(-1)[permutation.perm].unsqueeze(1)
         check(db2, grouped_sum(dy * scale, permutation.expert_offsets))
@@ -200,7 +202,9 @@ class TestOutputBiasGradient:
         dy = torch.zeros(4096, 3, dtype=torch.float16, device=KERNEL_DEVICE)
         dy[::64] = 1
         dy[0] = 2048
-        db2, _ = output_bias_gradient(dy, torch.ones_like(case.weights), case.b2, case.permutation)
+        db2, _ = output_bias_gradient(
+            dy, torch.ones_like(case.weights), case.b2, case.permutation, case.b2.dtype
+        )
         expected = torch.zeros_like(db2)
         expected[int(case.permutation.expert_offsets[1] == 0)] = 2048 + 63
         assert torch.equal(db2, expected)

@@ -118,7 +118,7 @@ class TestRowsAtTheEnd:
     def test_weight_gradient(self, config) -> None:
         (a, before), (b, _) = late(16), late(16, seed=1)
         offsets = whole(before, before + 2, dtype=torch.int32)
-        dw = weight_gradient(a, b, offsets, config, "ieee")
+        dw = weight_gradient(a, b, offsets, config, "ieee", a.dtype)
         check(dw[0], a[before:].to(FP64).T @ b[before:].to(FP64))
 
     @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
@@ -235,7 +235,7 @@ class TestLargeResults:
         offsets = torch.zeros(2050, dtype=torch.int32, device=KERNEL_DEVICE)
         offsets[-1] = 3
         config = GemmConfig(128, 128, 32, warps=8, stages=2)
-        dw = weight_gradient(a, b, offsets, config, "ieee")
+        dw = weight_gradient(a, b, offsets, config, "ieee", a.dtype)
         check(dw[-1], a.to(FP64).T @ b.to(FP64))
         assert not dw[:-1].any()
 

@@ -246,7 +246,7 @@ class TestWeightGradient:
         b = surrounded(randn(sum(sizes), outer, seed=1, dtype=FP32))
         offsets = offsets_of(sizes)
         with poisoned_empty(guarded=True):
-            dw = weight_gradient(a, b, offsets, config, "ieee")
+            dw = weight_gradient(a, b, offsets, config, "ieee", a.dtype)
         check(dw, grouped_gemm_dw(a.to(FP64), b.to(FP64), offsets))
         for e, size in enumerate(sizes):
             assert size or (dw[e] == 0).all()
@@ -289,20 +289,23 @@ class TestWeightGradient:
         sizes = [16, 0, 3, 32, 0, 19, 1]
         a, b = randn(sum(sizes), 16, dtype=FP32), randn(sum(sizes), 24, seed=1, dtype=FP32)
         offsets = offsets_of(sizes)
-        clean = weight_gradient(surrounded(a), surrounded(b), offsets, config, "ieee")
+        clean = weight_gradient(surrounded(a), surrounded(b), offsets, config, "ieee", a.dtype)
         for e in range(len(sizes)):
             others = torch.ones(len(a), 1, dtype=torch.bool)
             others[offsets[e] : offsets[e + 1]] = False
             factors = [surrounded(rows.masked_fill(others, bad)) for rows in (a, b)]
             assert can_describe(config, *factors) == (config.tma and HAS_DESCRIPTORS)
-            assert torch.equal(weight_gradient(*factors, offsets, config, "ieee")[e], clean[e])
+            assert torch.equal(
+                weight_gradient(*factors, offsets, config, "ieee", a.dtype)[e], clean[e]
+            )
 
     @loads
+    @pytest.mark.parametrize("kept", [torch.float32, torch.float16], ids=str)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-    def test_rows_are_summed_in_fp32(self, dtype, config) -> None:
+    def test_rows_are_summed_in_fp32(self, dtype, kept, config) -> None:
         """2,048 and 31 times one, in a block of the reduction each: fp16 alone stays at 2,048."""
         a = one_per_block(dtype).t().expand(512, 8).contiguous()
-        dw = weight_gradient(a, torch.ones_like(a), offsets_of([0, 512]), config, "ieee")
-        assert dw.dtype == dtype
+        dw = weight_gradient(a, torch.ones_like(a), offsets_of([0, 512]), config, "ieee", kept)
+        assert dw.dtype == kept
         assert (dw[0] == 0).all()
         assert torch.equal(dw[1], torch.full_like(dw[1], 2079))

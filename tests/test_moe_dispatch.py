@@ -419,6 +419,19 @@ def test_fp64_under_autocast_is_treated_as_sequential_treats_it(name) -> None:
             torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "fp64-autocast"])
+def test_tokens_and_weights_of_two_dtypes_are_refused(autocast) -> None:
+    """Without autocast, or for fp64 tokens, nobody said which to compute in."""
+    experts = make_experts(4, 16, 32, "gelu_tanh").float()
+    dtype = FP64 if autocast else torch.bfloat16
+    decision = make_decision(choose(20, 4, 2, "random", 3), 4, torch.float32)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        pytest.raises(ValueError, match=f"tokens are {dtype}, expert weights torch.float32"),
+    ):
+        get_dispatcher("fused")(randn(20, 16).to(dtype), decision, experts)
+
+
 def test_backward_of_the_fused_experts_inside_autocast_is_the_same() -> None:
     results = []
     for inside in (False, True):
@@ -513,10 +526,13 @@ def test_recomputation_changes_no_gradient(name, top_k, autocast) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_fused_keeps_at_most_half_of_what_sequential_keeps(activation, top_k) -> None:
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16-autocast"])
+def test_fused_keeps_at_most_half_of_what_sequential_keeps(autocast, top_k, activation) -> None:
+    """Under autocast no copies of the weights either."""
     layer = MoELayer(192, 768, 8, top_k, activation=activation)
     x = randn(512, 192, dtype=torch.float32).requires_grad_()
-    fused, sequential = (saved_bytes(name, layer, x) for name in ("fused", "sequential"))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        fused, sequential = (saved_bytes(name, layer, x) for name in ("fused", "sequential"))
     assert fused <= sequential / 2, f"{fused / 1e6:.2f} MB against {sequential / 1e6:.2f} MB"
 
 

@@ -7,8 +7,10 @@ With r the token and s the weight of a sorted row, A = act(pre), pre = x[r] @ w1
 
     y[t] = sum over k of s * (A @ w2[e] + b2[e])
 
-Only x, pre and the routing are kept for backward. The gradient of s is `<dA', A> + <dy[r], b2[e]>`
-with dA' = dy[r] @ w2[e].T, so the down projection's output is never stored (arXiv 2512.14080).
+Only x, pre and the routing are kept for backward, and the weights as they are: of another dtype
+than x, they are cast forward and again backward, and their gradients have that dtype. The gradient
+of s is `<dA', A> + <dy[r], b2[e]>` with dA' = dy[r] @ w2[e].T, so the down projection's output is
+never stored (arXiv 2512.14080).
 
 The two registered operators, `emergence::expert_mlp` and `emergence::expert_mlp_backward`, choose
 the path by device and dtype and are opaque to `torch.compile`.
@@ -49,12 +51,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     permutation = Permutation(perm, inv_perm, token_idx, expert_offsets)
     act = cast(Activation, activation)
-    operands = (x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, act)
+    dtype = x_TH.dtype
+    b1_EP, b2_EH = _to(dtype, b1_EP), _to(dtype, b2_EH)
     if _kernels_take(x_TH):
         from emergence_kernels.gpu import expert_mlp as kernels
 
-        return kernels.forward(*operands, kernels.plan_for(x_TH, w1_EHP, permutation, act, plan))
-    return expert_mlp_loop.forward(*operands)
+        w1_EHP, w2_EFH = w1_EHP.to(dtype), w2_EFH.to(dtype)
+        chosen = kernels.plan_for(x_TH, w1_EHP, permutation, act, plan)
+        return kernels.forward(
+            x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, act, chosen
+        )
+    return expert_mlp_loop.forward(x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, act)
+
+
+def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
 
 
 def _fake_forward(
@@ -83,14 +94,22 @@ def _gradients(
 ) -> list[Tensor]:
     permutation = Permutation(perm, inv_perm, token_idx, expert_offsets)
     act = cast(Activation, activation)
-    operands = (dy_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, act)
+    dtype, kept = x_TH.dtype, w1_EHP.dtype
+    b2_EH = _to(dtype, b2_EH)
     if _kernels_take(x_TH):
         from emergence_kernels.gpu import expert_mlp as kernels
 
+        w1_EHP, w2_EFH = w1_EHP.to(dtype), w2_EFH.to(dtype)
         chosen = kernels.plan_for(x_TH, w1_EHP, permutation, act, plan)
-        gradients = kernels.backward(*operands, chosen, tuple(wanted))
+        gradients = kernels.backward(
+            dy_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, act, kept,
+            chosen, tuple(wanted),
+        )  # fmt: skip
     else:
-        gradients = expert_mlp_loop.backward(*operands, tuple(wanted))
+        gradients = expert_mlp_loop.backward(
+            dy_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, act, kept,
+            tuple(wanted),
+        )  # fmt: skip
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -180,15 +199,22 @@ def expert_mlp(
         activation: "gelu_tanh" (P = F) or "swiglu" (P = 2F, gate then up).
         plan: how the kernels are tiled on a GPU; None takes the defaults of the architecture.
 
-    Under autocast everything but the routing weights is cast to the autocast dtype first, unless
-    it is fp64, as autocast does for a matrix product. Differentiable once in every floating input.
+    Under autocast everything but the routing weights is computed in the autocast dtype, unless the
+    tokens are fp64, as autocast does for a matrix product. The weights are kept for backward as
+    they are, and their gradients are in their dtype: on a GPU fp32 sums, never rounded to less.
+    Differentiable once in every floating input.
+
+    Raises:
+        ValueError: for tokens and weights of different dtypes without autocast.
     """
     autocast = torch.is_autocast_enabled(x_TH.device.type)
-    if autocast and x_TH.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x_TH.device.type)
-        x_TH, w1_EHP, w2_EFH = x_TH.to(dtype), w1_EHP.to(dtype), w2_EFH.to(dtype)
-        b1_EP = None if b1_EP is None else b1_EP.to(dtype)
-        b2_EH = None if b2_EH is None else b2_EH.to(dtype)
+    is_cast = autocast and x_TH.dtype != torch.float64
+    if is_cast:
+        x_TH = x_TH.to(torch.get_autocast_dtype(x_TH.device.type))
+    dtypes = {p.dtype for p in (w1_EHP, b1_EP, w2_EFH, b2_EH) if p is not None}
+    if len(dtypes) > 1 or not (is_cast or x_TH.dtype in dtypes):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ValueError(f"tokens are {x_TH.dtype}, expert weights {names}: give them one dtype")
     with torch.autocast(x_TH.device.type, enabled=False) if autocast else nullcontext():
         y_TH: Tensor = _expert_mlp(
             x_TH,

@@ -64,9 +64,13 @@ def backward(
     pre_SP: Tensor,
     permutation: Permutation,
     activation: Activation,
+    dtype: torch.dtype,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, the routing weights, w1, b1, w2 and b2, where `wanted` says so."""
+    """Gradients of x, the routing weights, w1, b1, w2 and b2, where `wanted` says so.
+
+    `dtype` is that of the gradients of w1, b1, w2 and b2.
+    """
     offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
     want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
     want_up = want_x or want_w1 or want_b1
@@ -90,16 +94,16 @@ def backward(
     if want_w2 or want_b2:
         # the scale belongs to either factor of dw2; on dy it serves db2 as well
         _scale_rows(dy_SH, scale_S1)
-        dw2 = grouped_gemm_dw(act_SF, dy_SH, offsets) if want_w2 else None
-        db2 = grouped_sum(dy_SH, offsets) if want_b2 else None
+        dw2 = grouped_gemm_dw(act_SF, dy_SH, offsets, dtype) if want_w2 else None
+        db2 = grouped_sum(dy_SH, offsets, dtype) if want_b2 else None
     del act_SF, dy_SH
     if want_up:
         _scale_rows(dact_SF, scale_S1)
         dpre_SP = activate_backward(dact_SF, pre_SP, activation)
         del dact_SF
         if want_w1:
-            dw1 = grouped_gemm_dw(x_TH.index_select(0, token_idx_S), dpre_SP, offsets)
-        db1 = grouped_sum(dpre_SP, offsets) if want_b1 else None
+            dw1 = grouped_gemm_dw(x_TH.index_select(0, token_idx_S), dpre_SP, offsets, dtype)
+        db1 = grouped_sum(dpre_SP, offsets, dtype) if want_b1 else None
         if want_x:
             dx_SH = grouped_gemm_dx(dpre_SP, w1_EHP, offsets)
             dx = _combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None)

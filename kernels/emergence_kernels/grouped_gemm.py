@@ -29,7 +29,7 @@ def grouped_gemm(
 
     Args:
         x_SI: (S, I), rows sorted by expert.
-        w_EIO: (E, I, O), same dtype as x.
+        w_EIO: (E, I, O); of another dtype than x it is cast, an expert at a time on CPUs.
         expert_offsets: (E+1,) int32, as in `Permutation`.
         bias_EO: (E, O) or None.
 
@@ -37,51 +37,66 @@ def grouped_gemm(
         (S, O) in the dtype of x, accumulated in at least fp32.
     """
     if _one_launch(x_SI, x_SI.shape[1], w_EIO.shape[2]):
-        y_SO = functional.grouped_mm(x_SI, w_EIO, offs=expert_offsets[1:])
+        y_SO = functional.grouped_mm(x_SI, w_EIO.to(x_SI.dtype), offs=expert_offsets[1:])
         return (
             y_SO if bias_EO is None else y_SO + rows_of_experts(bias_EO, expert_offsets, len(y_SO))
         )
     y_SO = x_SI.new_empty(x_SI.shape[0], w_EIO.shape[2])
     for e, a, b in _groups(expert_offsets):
+        w_IO = w_EIO[e].to(x_SI.dtype)
         if bias_EO is None:
-            torch.mm(x_SI[a:b], w_EIO[e], out=y_SO[a:b])
+            torch.mm(x_SI[a:b], w_IO, out=y_SO[a:b])
         else:
-            torch.addmm(bias_EO[e], x_SI[a:b], w_EIO[e], out=y_SO[a:b])
+            torch.addmm(bias_EO[e], x_SI[a:b], w_IO, out=y_SO[a:b])
     return y_SO
 
 
 def grouped_gemm_dx(dy_SO: Tensor, w_EIO: Tensor, expert_offsets: Tensor) -> Tensor:
     """Gradient (S, I) of the rows: `dy[rows of e] @ w[e].T` for every expert e."""
     if _one_launch(dy_SO, w_EIO.shape[1], w_EIO.shape[2]):
-        return functional.grouped_mm(dy_SO, w_EIO.transpose(1, 2), offs=expert_offsets[1:])
+        w_EOI = w_EIO.to(dy_SO.dtype).transpose(1, 2)
+        return functional.grouped_mm(dy_SO, w_EOI, offs=expert_offsets[1:])
     dx_SI = dy_SO.new_empty(dy_SO.shape[0], w_EIO.shape[1])
     for e, a, b in _groups(expert_offsets):
-        torch.mm(dy_SO[a:b], w_EIO[e].t(), out=dx_SI[a:b])
+        torch.mm(dy_SO[a:b], w_EIO[e].to(dy_SO.dtype).t(), out=dx_SI[a:b])
     return dx_SI
 
 
-def grouped_gemm_dw(x_SI: Tensor, dy_SO: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Gradient (E, I, O) of the weights: `x[rows of e].T @ dy[rows of e]`, 0 for no rows."""
+def grouped_gemm_dw(
+    x_SI: Tensor, dy_SO: Tensor, expert_offsets: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Gradient (E, I, O) of the weights: `x[rows of e].T @ dy[rows of e]`, 0 for no rows.
+
+    In `dtype`, after a product in that of the factors.
+    """
+    dtype = dtype or x_SI.dtype
     if _one_launch(x_SI, x_SI.shape[1], dy_SO.shape[1]):
-        return functional.grouped_mm(x_SI.t(), dy_SO, offs=expert_offsets[1:])
+        return functional.grouped_mm(x_SI.t(), dy_SO, offs=expert_offsets[1:]).to(dtype)
     bounds = expert_offsets.tolist()
-    dw_EIO = x_SI.new_empty(len(bounds) - 1, x_SI.shape[1], dy_SO.shape[1])
+    dw_EIO = x_SI.new_empty(len(bounds) - 1, x_SI.shape[1], dy_SO.shape[1], dtype=dtype)
     for e, (a, b) in enumerate(pairwise(bounds)):
-        torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])
+        if dtype == x_SI.dtype:
+            torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])
+        else:
+            dw_EIO[e] = x_SI[a:b].t() @ dy_SO[a:b]
     return dw_EIO
 
 
-def grouped_sum(y_SO: Tensor, expert_offsets: Tensor) -> Tensor:
-    """Sum (E, O) of the rows of every expert (the gradient of a bias), without atomics."""
+def grouped_sum(y_SO: Tensor, expert_offsets: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Sum (E, O) of the rows of every expert (the gradient of a bias), without atomics.
+
+    In `dtype`, or that of the rows.
+    """
+    dtype = dtype or y_SO.dtype
     num_experts = expert_offsets.numel() - 1
     if y_SO.is_cuda:
         row_S = torch.arange(y_SO.shape[0], device=y_SO.device)
         member_ES = (row_S >= expert_offsets[:-1, None]) & (row_S < expert_offsets[1:, None])
-        return member_ES.to(y_SO.dtype) @ y_SO
-    sums_EO = y_SO.new_empty(num_experts, y_SO.shape[1])
+        return (member_ES.to(y_SO.dtype) @ y_SO).to(dtype)
+    sums_EO = y_SO.new_empty(num_experts, y_SO.shape[1], dtype=dtype)
     bounds = expert_offsets.tolist()
     for e, (a, b) in enumerate(pairwise(bounds)):
-        torch.sum(y_SO[a:b], dim=0, out=sums_EO[e])
+        torch.sum(y_SO[a:b], dim=0, dtype=dtype, out=sums_EO[e])
     return sums_EO
 
 

@@ -4,6 +4,7 @@ Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 
 E experts, K experts per token, S = T*K routed rows sorted by expert.
 """
 
+import torch
 from torch import Tensor
 
 from emergence_kernels.activations import Activation
@@ -79,10 +80,13 @@ def backward(
     pre_SP: Tensor,
     permutation: Permutation,
     activation: Activation,
+    dtype: torch.dtype,
     plan: GemmPlan,
     wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, the routing weights, w1, b1, w2 and b2, where `wanted` says so.
+
+    `dtype` is that of the gradients of w1, b1, w2 and b2.
 
     Everything but x, the pre-activations and the routing is computed again or not kept: the
     activation from the pre-activation, the routing weight's gradient as `<dA', A>`.
@@ -110,19 +114,21 @@ def backward(
     )
     if b2_EH is not None and (want_b2 or want_weights):
         db2, bias_dscale_S = output_bias_gradient(
-            dy_SH, weights_TK, b2_EH.contiguous(), permutation
+            dy_SH, weights_TK, b2_EH.contiguous(), permutation, dtype
         )
     if through.dscale_NS is not None:
         dweights = routing_weight_gradient(
             through.dscale_NS, bias_dscale_S, permutation.inv_perm, weights_TK
         )
     if through.scaled_act_SF is not None:
-        dw2 = weight_gradient(through.scaled_act_SF, dy_SH, offsets, plan.weight_grad, precision)
+        dw2 = weight_gradient(
+            through.scaled_act_SF, dy_SH, offsets, plan.weight_grad, precision, dtype
+        )
     if through.db1_MP is not None:
-        db1 = sum_of_tiles(through.db1_MP, offsets, ROWS_PER_TILE, x_TH.dtype)
+        db1 = sum_of_tiles(through.db1_MP, offsets, ROWS_PER_TILE, dtype)
     if through.dpre_SP is not None and want_w1:
         x_SH = gather(with_contiguous_rows(x_TH), token_idx_S)
-        dw1 = weight_gradient(x_SH, through.dpre_SP, offsets, plan.weight_grad, precision)
+        dw1 = weight_gradient(x_SH, through.dpre_SP, offsets, plan.weight_grad, precision, dtype)
     if through.dpre_SP is not None and want_x:
         dx_SH = row_product(
             through.dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True

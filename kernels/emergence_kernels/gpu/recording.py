@@ -77,7 +77,10 @@ def _permutation() -> Permutation:
 
 
 def _expert_mlp(case: Case, plan: GemmPlan) -> None:
-    """Forward and backward, with biases unless gated, every gradient wanted."""
+    """Forward and backward, with biases unless gated, every gradient wanted.
+
+    Weights are kept in fp32, as under autocast, or in the dtype of the products.
+    """
     dtype, has_bias = case.dtype, not case.gated
     pre_width = pre_activation_width(case.activation, F)
     permutation = _permutation()
@@ -88,10 +91,11 @@ def _expert_mlp(case: Case, plan: GemmPlan) -> None:
     y_TH, pre_SP = expert_mlp.forward(
         x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, case.activation, plan
     )
-    expert_mlp.backward(
-        y_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, case.activation, plan,
-        (True, True, True, has_bias, True, has_bias),
-    )  # fmt: skip
+    for kept in dict.fromkeys((torch.float32, dtype)):
+        expert_mlp.backward(
+            y_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, case.activation,
+            kept, plan, (True, True, True, has_bias, True, has_bias),
+        )  # fmt: skip
 
 
 def _route(case: Case, plan: GemmPlan) -> None:

@@ -54,13 +54,17 @@ def _output_bias_bwd_kernel(
 
 
 def output_bias_gradient(
-    dy_SH: Tensor, weights_TK: Tensor, b2_EH: Tensor, permutation: Permutation
+    dy_SH: Tensor,
+    weights_TK: Tensor,
+    b2_EH: Tensor,
+    permutation: Permutation,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """What the bias of the down projection takes part in; `dy_SH` is contiguous.
 
     Returns:
-        Its gradient (E, H), and `<dy[token], b2[expert]>` (S,) fp32, its share of the gradient of
-        every sorted row's routing weight.
+        Its gradient (E, H) in `dtype`, and `<dy[token], b2[expert]>` (S,) fp32, its share of the
+        gradient of every sorted row's routing weight.
     """
     num_experts, hidden = b2_EH.shape
     num_rows = permutation.perm.numel()
@@ -84,7 +88,7 @@ def output_bias_gradient(
         BLOCK_H=64,
         num_warps=4,
     )
-    db2_EH = sum_of_tiles(db2_MH, permutation.expert_offsets, _ROWS_PER_TILE, b2_EH.dtype)
+    db2_EH = sum_of_tiles(db2_MH, permutation.expert_offsets, _ROWS_PER_TILE, dtype)
     return db2_EH, dscale_S
 
 

@@ -164,5 +164,7 @@ def product_runs(shape: MLPShape, device: torch.device) -> tuple[dict[Product, R
         "down": lambda c: (row_product(act_SF, w2_EFH, b2_EH, offsets, c, precision),),
         "activation_grad": back(x_SH, w2_EFH),
         "input_grad": back(pre_SP, w1_EHP),
-        "weight_grad": lambda c: (weight_gradient(x_SH, pre_SP, offsets, c, precision),),
+        "weight_grad": lambda c: (
+            weight_gradient(x_SH, pre_SP, offsets, c, precision, shape.dtype),
+        ),
     }, precision

@@ -3,6 +3,7 @@
 Letters: E experts, S routed rows sorted by expert, I and O the weight's two widths.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -87,14 +88,19 @@ def _weight_gradient_bwd_kernel(
 
 
 def weight_gradient(
-    a_SI: Tensor, b_SO: Tensor, expert_offsets: Tensor, config: GemmConfig, precision: str
+    a_SI: Tensor,
+    b_SO: Tensor,
+    expert_offsets: Tensor,
+    config: GemmConfig,
+    precision: str,
+    dtype: torch.dtype,
 ) -> Tensor:
     """`a[rows of e].T @ b[rows of e]` (E, I, O) for every expert e, zero for no rows.
 
-    Both are contiguous and sorted by expert.
+    Both are contiguous and sorted by expert; the result is in `dtype`, rounded once.
     """
     num_experts, inner, outer = len(expert_offsets) - 1, a_SI.shape[1], b_SO.shape[1]
-    dw_EIO = a_SI.new_empty(num_experts, inner, outer)
+    dw_EIO = a_SI.new_empty(num_experts, inner, outer, dtype=dtype)
     tiles = cdiv(inner, config.block_m) * cdiv(outer, config.block_n) * num_experts
     tma = can_describe(config, a_SI, b_SO)
     launch(
