@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "kernels/emergence_kernels"
-PARTS, PRODUCTS, GRADIENTS, OFFSETS, WHOLE = (
+PARTS, PRODUCTS, GRADIENTS, OFFSETS, WHOLE, FACTORS = (
     f"tests/test_kernels_{name}.py"
-    for name in ("parts", "products", "gradients", "offsets", "expert_mlp")
+    for name in ("parts", "products", "gradients", "offsets", "expert_mlp", "factors")
 )
 TESTS_OF_FILE = {
     # those that are closest to the file come first
@@ -21,7 +21,8 @@ TESTS_OF_FILE = {
     "gpu/weight_gradient.py": (PRODUCTS, WHOLE),
     "gpu/activation_gradient.py": (GRADIENTS, WHOLE),
     "gpu/small_gradients.py": (GRADIENTS, WHOLE),
-    "gpu/expert_mlp.py": (WHOLE,),
+    "gpu/expert_mlp.py": (WHOLE, FACTORS),
+    "gpu/factors.py": (FACTORS,),
     "gpu/descriptors.py": ("tests/test_kernels_descriptors.py",),
     "gpu/routing.py": ("tests/test_kernels_routing.py",),
     "gpu/routing_gradient.py": ("tests/test_kernels_routing.py",),
@@ -505,8 +506,8 @@ ASSEMBLY = [
     Mutation(
         "forward-without-b2",
         "gpu/expert_mlp.py",
-        "act_SF, w2_EFH.contiguous(), b2_EH,",
-        "act_SF, w2_EFH.contiguous(), None,",
+        "act_SF, w2_EFH, b2_EH,",
+        "act_SF, w2_EFH, None,",
     ),
     Mutation(
         "db1-dropped",
@@ -529,8 +530,8 @@ ASSEMBLY = [
     Mutation(
         "w1s-strides-taken-for-contiguous",
         "gpu/expert_mlp.py",
-        "        w1_EHP.contiguous(),\n",
-        "        w1_EHP,\n",
+        "        as_factor(w1_EHP.contiguous(), precision),\n",
+        "        as_factor(w1_EHP, precision),\n",
     ),
     Mutation(
         "xs-columns-taken-for-contiguous",
@@ -555,6 +556,36 @@ ASSEMBLY = [
         "gpu/expert_mlp.py",
         "offsets, ROWS_PER_TILE, dtype)",
         "offsets, ROWS_PER_TILE, x_TH.dtype)",
+    ),
+    Mutation(
+        "tf32-activations-not-rounded-for-dw2",
+        "gpu/expert_mlp.py",
+        "act_SF = as_factor(through.scaled_act_SF, precision, in_place=True)",
+        "act_SF = through.scaled_act_SF",
+    ),
+    Mutation(
+        "tf32-gradient-of-the-output-rounded-for-db2",
+        "gpu/expert_mlp.py",
+        "dy_factor = as_factor(dy_SH, precision)",
+        "dy_factor = as_factor(dy_SH, precision, in_place=True)",
+    ),
+    Mutation(
+        "tf32-low-bits-dropped",
+        "gpu/factors.py",
+        "bits = (bits + 0xFFF + ((bits >> 13) & 1)) & -0x2000",
+        "bits = bits & -0x2000",
+    ),
+    Mutation(
+        "tf32-ties-away-from-zero",
+        "gpu/factors.py",
+        "0xFFF + ((bits >> 13) & 1)",
+        "0x1000",
+    ),
+    Mutation(
+        "tf32-a-NaN-becomes-infinite",
+        "gpu/factors.py",
+        "tl.where(x == x, bits.to(tl.float32, bitcast=True), x)",
+        "bits.to(tl.float32, bitcast=True)",
     ),
     Mutation(
         "biass-part-of-the-routing-weights-gradient-lost",

@@ -11,6 +11,7 @@ from emergence_kernels.activations import Activation
 from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE, activation_gradient
 from emergence_kernels.gpu.combine import combine, gather
 from emergence_kernels.gpu.defaults import default_plan, target_of
+from emergence_kernels.gpu.factors import as_factor
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
 from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
 from emergence_kernels.gpu.row_product import row_product
@@ -54,18 +55,19 @@ def forward(
     precision = matmul_precision(x_TH)
     b1_EP = None if b1_EP is None else b1_EP.contiguous()
     b2_EH = None if b2_EH is None else b2_EH.contiguous()
+    x_SH = gather(with_contiguous_rows(x_TH), permutation.token_idx)
     pre_SP, act_SF = up_projection(
-        gather(with_contiguous_rows(x_TH), permutation.token_idx),
-        w1_EHP.contiguous(),
+        as_factor(x_SH, precision, in_place=True),
+        as_factor(w1_EHP.contiguous(), precision),
         b1_EP,
         permutation.expert_offsets,
         activation,
         plan.up,
         precision,
     )
-    out_SH = row_product(
-        act_SF, w2_EFH.contiguous(), b2_EH, permutation.expert_offsets, plan.down, precision
-    )
+    act_SF = as_factor(act_SF, precision, in_place=True)
+    w2_EFH = as_factor(w2_EFH.contiguous(), precision)
+    out_SH = row_product(act_SF, w2_EFH, b2_EH, permutation.expert_offsets, plan.down, precision)
     top_k = weights_TK.shape[1]
     return combine(out_SH, permutation.inv_perm, top_k, weights_TK.contiguous()), pre_SP
 
@@ -94,12 +96,14 @@ def backward(
     precision = matmul_precision(x_TH)
     want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
     offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
-    weights_TK, w1_EHP, w2_EFH = weights_TK.contiguous(), w1_EHP.contiguous(), w2_EFH.contiguous()
+    weights_TK = weights_TK.contiguous()
     dx = dweights = dw1 = db1 = dw2 = db2 = bias_dscale_S = None
 
     dy_SH = gather(with_contiguous_rows(dy_TH), token_idx_S)
+    dy_factor = as_factor(dy_SH, precision)
+    w2_EFH = as_factor(w2_EFH.contiguous(), precision)
     dact_SF = row_product(
-        dy_SH, w2_EFH, None, offsets, plan.activation_grad, precision, transposed=True
+        dy_factor, w2_EFH, None, offsets, plan.activation_grad, precision, transposed=True
     )
     through = activation_gradient(
         dact_SF,
@@ -121,17 +125,20 @@ def backward(
             through.dscale_NS, bias_dscale_S, permutation.inv_perm, weights_TK
         )
     if through.scaled_act_SF is not None:
-        dw2 = weight_gradient(
-            through.scaled_act_SF, dy_SH, offsets, plan.weight_grad, precision, dtype
-        )
+        act_SF = as_factor(through.scaled_act_SF, precision, in_place=True)
+        dw2 = weight_gradient(act_SF, dy_factor, offsets, plan.weight_grad, precision, dtype)
     if through.db1_MP is not None:
         db1 = sum_of_tiles(through.db1_MP, offsets, ROWS_PER_TILE, dtype)
-    if through.dpre_SP is not None and want_w1:
+    if through.dpre_SP is not None and (want_w1 or want_x):
+        dpre_SP = as_factor(through.dpre_SP, precision, in_place=True)
+    if want_w1:
         x_SH = gather(with_contiguous_rows(x_TH), token_idx_S)
-        dw1 = weight_gradient(x_SH, through.dpre_SP, offsets, plan.weight_grad, precision, dtype)
-    if through.dpre_SP is not None and want_x:
+        x_SH = as_factor(x_SH, precision, in_place=True)
+        dw1 = weight_gradient(x_SH, dpre_SP, offsets, plan.weight_grad, precision, dtype)
+    if want_x:
+        w1_EHP = as_factor(w1_EHP.contiguous(), precision)
         dx_SH = row_product(
-            through.dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True
+            dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True
         )
         dx = combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None)
     return dx, dweights, dw1, db1, dw2, db2 if want_b2 else None

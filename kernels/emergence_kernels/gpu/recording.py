@@ -15,6 +15,7 @@ from torch import Tensor
 from emergence_kernels.activations import Activation, pre_activation_width
 from emergence_kernels.gpu import expert_mlp
 from emergence_kernels.gpu.defaults import Target, candidates, default_plan
+from emergence_kernels.gpu.factors import as_factor
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmPlan, Product
 from emergence_kernels.gpu.launch import Launch, recorded_launches
 from emergence_kernels.gpu.permutation import sort_by_expert
@@ -117,7 +118,12 @@ def _sort(case: Case, plan: GemmPlan) -> None:
     sort_by_expert(_empty(T, 8, dtype=torch.int64), 64)
 
 
-LAUNCHERS: tuple[Callable[[Case, GemmPlan], None], ...] = (_expert_mlp, _route, _sort)
+def _round(case: Case, plan: GemmPlan) -> None:
+    """Factors of tf32 products."""
+    as_factor(_empty(S, H, dtype=torch.float32), "tf32")
+
+
+LAUNCHERS: tuple[Callable[[Case, GemmPlan], None], ...] = (_expert_mlp, _route, _sort, _round)
 """Every operator with kernels, used once: what is not launched here is not compiled anywhere."""
 
 
