@@ -424,7 +424,7 @@ SMALL_GRADIENTS = [
     Mutation(
         "routing-weights-gradient-without-the-bias",
         "gpu/small_gradients.py",
-        "total += tl.load(bias_dscale_ptr + row, mask=inside, other=0.0)",
+        "total += _sum_of_shares(bias_dscale_ptr, row, inside, num_rows, N_BIAS)",
         "total += 0.0",
     ),
     Mutation(
@@ -436,8 +436,8 @@ SMALL_GRADIENTS = [
     Mutation(
         "routing-weights-gradient-of-the-first-column-tile-every-time",
         "gpu/small_gradients.py",
-        "dscale_ptrs += num_rows",
-        "dscale_ptrs += 0",
+        "share_ptrs += num_rows",
+        "share_ptrs += 0",
     ),
     Mutation(
         "routing-weights-gradient-of-the-first-column-tile-only",
@@ -448,8 +448,8 @@ SMALL_GRADIENTS = [
     Mutation(
         "sum-of-tiles-last-tile-dropped",
         "gpu/small_gradients.py",
-        "range(last - count, last, TILES_AT_ONCE)",
-        "range(last - count, last - 1, TILES_AT_ONCE)",
+        "range(last - count, last, AT_ONCE)",
+        "range(last - count, last - 1, AT_ONCE)",
     ),
     Mutation(
         "sum-of-tiles-the-next-experts-tiles-included",
@@ -462,6 +462,30 @@ SMALL_GRADIENTS = [
         "gpu/small_gradients.py",
         "tile.to(tl.int64)[:, None] * W",
         "tile[:, None] * W",
+    ),
+    Mutation(
+        "sums-of-b2-begin-among-those-of-b1",
+        "gpu/small_gradients.py",
+        "program - before_b2, db2_tiles_ptr",
+        "program, db2_tiles_ptr",
+    ),
+    Mutation(
+        "sums-of-b2-run-into-the-routing-weights",
+        "gpu/small_gradients.py",
+        "if (program >= before_b2) & (program < before_weights):",
+        "if program >= before_b2:",
+    ),
+    Mutation(
+        "sums-of-the-routing-weights-begin-too-early",
+        "gpu/small_gradients.py",
+        "if program >= before_weights:",
+        "if program >= before_b2:",
+    ),
+    Mutation(
+        "output-biass-shares-of-ds-32-bit-offset-of-the-tile",
+        "gpu/small_gradients.py",
+        "dscale_ptr + tile_n.to(tl.int64) * num_rows + row",
+        "dscale_ptr + tile_n * num_rows + row",
     ),
     Mutation(
         "db2-without-the-routing-weight",
@@ -512,20 +536,20 @@ ASSEMBLY = [
     Mutation(
         "db1-dropped",
         "gpu/expert_mlp.py",
-        "db1 = sum_of_tiles(",
-        "db1 = 0 * sum_of_tiles(",
+        "        through.db1_MP,\n",
+        "        None,\n",
     ),
     Mutation(
         "db2-dropped",
         "gpu/expert_mlp.py",
-        "db2 if want_b2 else None",
-        "0 * db2 if want_b2 else None",
+        "db2_MH if want_b2 else None",
+        "0 * db2_MH if want_b2 else None",
     ),
     Mutation(
-        "db1-summed-with-other-tiles",
+        "db2-summed-although-nobody-asked",
         "gpu/expert_mlp.py",
-        "through.db1_MP, offsets, ROWS_PER_TILE",
-        "through.db1_MP, offsets, ROWS_PER_TILE // 4",
+        "db2_MH if want_b2 else None",
+        "db2_MH",
     ),
     Mutation(
         "w1s-strides-taken-for-contiguous",
@@ -552,10 +576,10 @@ ASSEMBLY = [
         "gather(dy_TH, token_idx_S)",
     ),
     Mutation(
-        "db1-in-the-dtype-of-the-tokens",
+        "biases-gradients-in-the-dtype-of-the-tokens",
         "gpu/expert_mlp.py",
-        "offsets, ROWS_PER_TILE, dtype)",
-        "offsets, ROWS_PER_TILE, x_TH.dtype)",
+        "        weights_TK,\n        dtype,\n",
+        "        weights_TK,\n        x_TH.dtype,\n",
     ),
     Mutation(
         "tf32-activations-not-rounded-for-dw2",
@@ -590,8 +614,8 @@ ASSEMBLY = [
     Mutation(
         "biass-part-of-the-routing-weights-gradient-lost",
         "gpu/expert_mlp.py",
-        "through.dscale_NS, bias_dscale_S,",
-        "through.dscale_NS, None,",
+        "        bias_dscale_NS,\n",
+        "        None,\n",
     ),
 ]
 LOOP = [

@@ -28,12 +28,10 @@ from kernel_cases import (
 
 from emergence_kernels.activations import activate, activate_backward
 from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE, activation_gradient
-from emergence_kernels.gpu.small_gradients import (
-    output_bias_gradient,
-    routing_weight_gradient,
-    sum_of_tiles,
-)
+from emergence_kernels.gpu.small_gradients import output_bias_gradient, sums
+from emergence_kernels.gpu.tiles import tile_bound
 from emergence_kernels.grouped_gemm import grouped_sum, rows_of_experts
+from emergence_kernels.permutation import Permutation
 
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
@@ -80,7 +78,7 @@ class TestActivationGradient:
         check(found["pre"], dpre)
         check(found["act"], act * scale)
         check(found["scale"].sum(0), (dact * act).sum(1))
-        db1 = sum_of_tiles(found["bias"], offsets, ROWS_PER_TILE, torch.float32)
+        db1 = sum_of_tiles(found["bias"], offsets)
         check(db1, grouped_sum(dpre, offsets))
         return found
 
@@ -121,10 +119,7 @@ class TestActivationGradient:
             assert torch.equal(found[part], everything[part]), part
         if "bias" in parts:
             offsets = case.permutation.expert_offsets
-            sums = [
-                sum_of_tiles(r["bias"], offsets, ROWS_PER_TILE, torch.float32)
-                for r in (found, everything)
-            ]
+            sums = [sum_of_tiles(r["bias"], offsets) for r in (found, everything)]
             assert torch.equal(*sums)
 
     @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -161,10 +156,7 @@ class TestActivationGradient:
         for part in ("pre", "act"):
             assert torch.equal(found[part][first:end], clean[part][first:end]), part
         assert torch.equal(found["scale"][:, first:end], clean["scale"][:, first:end])
-        sums = [
-            sum_of_tiles(r["bias"], offsets, ROWS_PER_TILE, torch.float32)[1]
-            for r in (found, clean)
-        ]
+        sums = [sum_of_tiles(r["bias"], offsets)[1] for r in (found, clean)]
         assert torch.equal(*sums)
 
 
@@ -174,14 +166,13 @@ class TestOutputBiasGradient:
         permutation = case.permutation
         dy = surrounded(case.dy[permutation.token_idx])
         with poisoned_empty(guarded=True):
-            db2, dscale = output_bias_gradient(
-                dy, case.weights, case.b2, permutation, case.b2.dtype
-            )
+            db2, dscale = output_bias_gradient(dy, case.weights, case.b2, permutation)
+            db2 = sum_of_tiles(db2, permutation.expert_offsets)
         dy = dy.to(FP64)
         scale = case.weights.to(FP64).reshape(-1)[permutation.perm].unsqueeze(1)
         check(db2, grouped_sum(dy * scale, permutation.expert_offsets))
         bias = rows_of_experts(case.b2.to(FP64), permutation.expert_offsets, len(dy))
-        check(dscale, (dy * bias).sum(1))
+        check(dscale.sum(0), (dy * bias).sum(1))
 
     @given(shapes())
     @settings(max_examples=10, deadline=None)
@@ -202,43 +193,96 @@ class TestOutputBiasGradient:
         dy = torch.zeros(4096, 3, dtype=torch.float16, device=KERNEL_DEVICE)
         dy[::64] = 1
         dy[0] = 2048
-        db2, _ = output_bias_gradient(
-            dy, torch.ones_like(case.weights), case.b2, case.permutation, case.b2.dtype
+        shares, _ = output_bias_gradient(
+            dy, torch.ones_like(case.weights), case.b2, case.permutation
         )
+        db2 = sum_of_tiles(shares, case.permutation.expert_offsets, torch.float16)
         expected = torch.zeros_like(db2)
         expected[int(case.permutation.expert_offsets[1] == 0)] = 2048 + 63
         assert torch.equal(db2, expected)
 
 
-class TestSumOfTiles:
-    @given(group_sizes(), st.sampled_from([1, 5, 130]), st.sampled_from([4, 16, 64]))
+def sum_of_tiles(
+    tiles: torch.Tensor, offsets: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """The part of `sums` that adds shares of row tiles, as b1 and as b2: the same."""
+    permutation = Permutation(offsets[:0], offsets[:0], offsets[:0], offsets)
+    weights = torch.empty(0, 1, device=tiles.device)
+    first, second, no_weights = sums(tiles, tiles, None, None, permutation, weights, dtype)
+    assert first is not None
+    assert no_weights is None
+    torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
+    return first
+
+
+def routing_weight_gradient(
+    shares: torch.Tensor, of_bias: torch.Tensor | None, permutation: Permutation, weights
+) -> torch.Tensor:
+    """The part of `sums` that adds shares of column tiles."""
+    found = sums(None, None, shares, of_bias, permutation, weights, torch.float32)
+    assert found[:2] == (None, None)
+    return found[2]
+
+
+class TestSums:
+    @given(shapes(), st.integers(0, 3), st.booleans(), st.booleans())
     @settings(max_examples=15, deadline=None)
-    def test_tiles_of_any_groups(self, sizes, width, rows_per_tile) -> None:
+    def test_all_at_once_are_each_alone(self, shape, bias_tiles, has_b1, has_b2) -> None:
+        """Blocks of one part do not reach into another's."""
+        case = make_case(shape)
+        permutation, rows = case.permutation, case.permutation.perm.numel()
+        tiles = tile_bound(rows, shape.experts, ROWS_PER_TILE)
+        b1 = surrounded(randn(tiles, 131, dtype=torch.float32)) if has_b1 else None
+        b2 = surrounded(randn(tiles, 9, seed=1, dtype=torch.float32)) if has_b2 else None
+        shares = surrounded(randn(2, rows, seed=2, dtype=torch.float32))
+        of_bias = surrounded(randn(bias_tiles, rows, seed=3, dtype=torch.float32))
+        of_bias = of_bias if bias_tiles else None
+        with poisoned_empty(guarded=True):
+            found = sums(b1, b2, shares, of_bias, permutation, case.weights, torch.float32)
+        for part, tiles_of_part in zip(found[:2], (b1, b2), strict=True):
+            if tiles_of_part is None:
+                assert part is None
+            else:
+                assert torch.equal(part, sum_of_tiles(tiles_of_part, permutation.expert_offsets))
+        alone = routing_weight_gradient(shares, of_bias, permutation, case.weights)
+        assert torch.equal(found[2], alone)
+
+    def test_nothing(self) -> None:
+        case = make_case(Shape(4, 1, 1, 3, 2))
+        found = sums(None, None, None, None, case.permutation, case.weights, torch.float32)
+        assert found == (None, None, None)
+
+
+class TestSumOfTiles:
+    @given(group_sizes(), st.sampled_from([1, 5, 130]))
+    @settings(max_examples=15, deadline=None)
+    def test_tiles_of_any_groups(self, sizes, width) -> None:
         """Tiles beyond the needed ones are unwritten memory."""
-        counts = [-(-size // rows_per_tile) for size in sizes]
+        sizes = [5 * size for size in sizes]
+        counts = [-(-size // ROWS_PER_TILE) for size in sizes]
         values = randn(sum(counts) + 2, width, dtype=torch.float32)
         values[sum(counts) :] = float("nan")
         tiles = surrounded(values)
         with poisoned_empty(guarded=True):
-            sums = sum_of_tiles(tiles, offsets_of(sizes), rows_per_tile, torch.float32)
+            found = sum_of_tiles(tiles, offsets_of(sizes))
         parts = tiles[: sum(counts)].to(FP64).split(counts)
-        check(sums, torch.stack([part.sum(0) for part in parts]))
+        check(found, torch.stack([part.sum(0) for part in parts]))
         for e, count in enumerate(counts):
-            assert count or (sums[e] == 0).all()
+            assert count or (found[e] == 0).all()
 
     def test_more_tiles_than_are_added_at_once(self) -> None:
         tiles = surrounded(randn(40, 9, dtype=torch.float32))
-        sums = sum_of_tiles(tiles, offsets_of([37 * 16 - 1, 0, 3 * 16]), 16, torch.float32)
+        found = sum_of_tiles(tiles, offsets_of([37 * ROWS_PER_TILE - 1, 0, 3 * ROWS_PER_TILE]))
         parts = tiles.to(FP64).split([37, 0, 3])
-        check(sums, torch.stack([part.sum(0) for part in parts]))
+        check(found, torch.stack([part.sum(0) for part in parts]))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
     def test_the_sum_is_rounded_once(self, dtype) -> None:
         tiles = torch.full((33, 2), 2.0**-12, device=KERNEL_DEVICE)
         tiles[0] = 1
-        sums = sum_of_tiles(tiles, offsets_of([33 * 16]), 16, dtype)
-        assert sums.dtype == dtype
-        assert (sums == 1 + 2.0**-7).all()
+        found = sum_of_tiles(tiles, offsets_of([33 * ROWS_PER_TILE]), dtype)
+        assert found.dtype == dtype
+        assert (found == 1 + 2.0**-7).all()
 
 
 class TestRoutingWeightGradient:
@@ -248,11 +292,11 @@ class TestRoutingWeightGradient:
         case = make_case(Shape(tokens, 1, 1, 3, top_k))
         rows = tokens * top_k
         shares = surrounded(randn(tiles, rows, dtype=torch.float32))
-        of_bias = surrounded(randn(rows, seed=1, dtype=torch.float32)) if bias else None
+        of_bias = surrounded(randn(2, rows, seed=1, dtype=torch.float32)) if bias else None
         inv_perm = case.permutation.inv_perm
         with poisoned_empty(guarded=True):
-            found = routing_weight_gradient(shares, of_bias, inv_perm, case.weights)
-        total = shares.to(FP64).sum(0) + (0 if of_bias is None else of_bias.to(FP64))
+            found = routing_weight_gradient(shares, of_bias, case.permutation, case.weights)
+        total = shares.to(FP64).sum(0) + (0 if of_bias is None else of_bias.to(FP64).sum(0))
         check(found, total[inv_perm].view(tokens, top_k))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -260,6 +304,6 @@ class TestRoutingWeightGradient:
         case = make_case(Shape(4, 1, 1, 3, 2))
         shares = surrounded(randn(1, 8, dtype=torch.float32))
         weights = case.weights.to(dtype).t().contiguous().t()
-        found = routing_weight_gradient(shares, None, case.permutation.inv_perm, weights)
+        found = routing_weight_gradient(shares, None, case.permutation, weights)
         assert found.dtype == dtype
         assert found.is_contiguous()

@@ -29,8 +29,7 @@ from emergence_kernels.gpu.launch import launch
 from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.small_gradients import (
     _output_bias_bwd_kernel,
-    _routing_weight_bwd_kernel,
-    _sum_of_tiles_bwd_kernel,
+    _sums_bwd_kernel,
     output_bias_gradient,
 )
 from emergence_kernels.gpu.up_projection import up_projection
@@ -154,14 +153,14 @@ class TestRowsAtTheEnd:
         b2, weights = numbers(1, 16, seed=1), numbers(2, 1, seed=2, dtype=torch.float32)
         slots, _, _, offsets = late_permutation(before, tokens=2)
         db2 = untouched(1, 16, dtype=torch.float32)
-        dscale = untouched(before + 2, dtype=torch.float32)
+        dscale = untouched(1, before + 2, dtype=torch.float32)
         launch(
-            _output_bias_bwd_kernel, (1,), dy, slots, weights, b2, offsets, db2, dscale,
-            E=1, H=16, E_PAD=1, BLOCK_M=16, BLOCK_H=16, num_warps=4,
+            _output_bias_bwd_kernel, (1,), dy, slots, weights, b2, offsets, db2, dscale, before + 2,
+            E=1, H=16, E_PAD=1, BLOCK_M=16, BLOCK_N=16, num_warps=4,
         )  # fmt: skip
         last = dy[before:].to(FP64)
         check(db2, (weights.to(FP64).flip(0) * last).sum(0, keepdim=True))
-        check(dscale[before:], last @ b2[0].to(FP64))
+        check(dscale[0, before:], last @ b2[0].to(FP64))
 
     def test_combine_gathers_them(self) -> None:
         """Launched by hand: the launcher would start programs for the tokens of all R rows."""
@@ -181,8 +180,9 @@ class TestRowsAtTheEnd:
         inv_perm = torch.arange(256, device=KERNEL_DEVICE)
         found = untouched(256, dtype=torch.float32)
         launch(
-            _routing_weight_bwd_kernel, (1,), shares, None, inv_perm, found, num_rows,
-            N=tiles, HAS_BIAS=False, BLOCK=256, num_warps=4,
+            _sums_bwd_kernel, (1,), None, None, shares, None, inv_perm, inv_perm, None, None, found,
+            num_rows, E=1, P=0, H=0, N=tiles, N_BIAS=0, E_PAD=1, BLOCK_M=16, BLOCK_W=128,
+            AT_ONCE=16, BLOCK_S=256, num_warps=4,
         )  # fmt: skip
         check(found, shares[:, :256].to(FP64).sum(0))
 
@@ -191,14 +191,14 @@ class TestRowsAtTheEnd:
         width, tiles = 2**20, LIMIT // 2**20 + 1
         shares = untouched(tiles, width, dtype=torch.float32)
         shares[:, :128] = numbers(tiles, 128, dtype=torch.float32)
-        sums = untouched(2, width, dtype=torch.float32)
-        offsets = whole(0, 16 * (tiles - 1), 16 * tiles, dtype=torch.int32)
+        sums = untouched(1, width, dtype=torch.float32)
+        offsets = whole(0, 16 * tiles, dtype=torch.int32)
         launch(
-            _sum_of_tiles_bwd_kernel, (2, 1), shares, offsets, sums,
-            E=2, W=width, E_PAD=2, BLOCK_M=16, BLOCK_W=128, TILES_AT_ONCE=16, num_warps=4,
+            _sums_bwd_kernel, (1,), shares, None, None, None, offsets, offsets, sums, None, None, 0,
+            E=1, P=width, H=0, N=0, N_BIAS=0, E_PAD=1, BLOCK_M=16, BLOCK_W=128, AT_ONCE=16,
+            BLOCK_S=256, num_warps=4,
         )  # fmt: skip
-        check(sums[0, :128], shares[:-1, :128].to(FP64).sum(0))
-        check(sums[1, :128], shares[-1, :128])
+        check(sums[0, :128], shares[:, :128].to(FP64).sum(0))
 
 
 class TestTheLastOfManyExperts:
@@ -266,7 +266,7 @@ class TestLargeResults:
         b2 = dy / 1024
         db2, dscale = output_bias_gradient(dy, weights, b2, permutation)
         check(db2[-1], dy[-1].to(FP64) / 4)
-        check(dscale[-1:], (dy[-1:].to(FP64) * b2[-1:].to(FP64)).sum(1))
+        check(dscale[:, -1].sum(), (dy[-1].to(FP64) * b2[-1].to(FP64)).sum())
 
     def test_activation_gradient(self) -> None:
         dact, permutation = self.one_row_each()

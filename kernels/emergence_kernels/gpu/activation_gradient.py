@@ -37,7 +37,7 @@ class ActivationGradient(NamedTuple):
     dpre_SP: Tensor | None
     """(S, P) gradient of the pre-activations."""
     db1_MP: Tensor | None
-    """(M, P) fp32: every row tile's share of the gradient of b1, see `sum_of_tiles`."""
+    """(M, P) fp32: every row tile's share of the gradient of b1, see `sums`."""
     scaled_act_SF: Tensor | None
     """(S, F) activations times the weight of their row."""
     dscale_NS: Tensor | None

@@ -144,7 +144,8 @@ def candidates(
         config
         for block_m, block_n in _tiles(product, bucket)
         for config in _variants(product, block_m, block_n, target, dtype, precision, gated=gated)
-        if _fits(config, target, dtype) and not _spills(product, config, precision, gated=gated)
+        if _fits(config, target, dtype)
+        and not _spills(product, config, target, precision, gated=gated)
     ]
 
 
@@ -207,11 +208,15 @@ _TF32_SPILLS: tuple[tuple[Product, tuple[int, int]], ...] = (
 )
 
 
-def _spills(product: Product, config: GemmConfig, precision: str, *, gated: bool) -> bool:
-    """Whether some target's compiler runs out of registers."""
+def _spills(
+    product: Product, config: GemmConfig, target: Target, precision: str, *, gated: bool
+) -> bool:
+    """Whether some target's compiler runs out of registers, or this one's."""
     tile = (config.block_m, config.block_n)
     if product == "up" and gated:
         return config.block_m * config.block_n > 1024 * config.warps  # two accumulators
     if product == "up" and tile == (32, 128):
         return not config.tma
+    if product == "weight_grad" and tile == (128, 256) and target.name == "sm_100":
+        return not config.tma  # in fp32 from 16-bit factors
     return precision == "tf32" and (product, tile) in _TF32_SPILLS

@@ -8,18 +8,14 @@ import torch
 from torch import Tensor
 
 from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE, activation_gradient
+from emergence_kernels.gpu.activation_gradient import activation_gradient
 from emergence_kernels.gpu.combine import combine, gather
 from emergence_kernels.gpu.defaults import default_plan, target_of
 from emergence_kernels.gpu.factors import as_factor
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
 from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
 from emergence_kernels.gpu.row_product import row_product
-from emergence_kernels.gpu.small_gradients import (
-    output_bias_gradient,
-    routing_weight_gradient,
-    sum_of_tiles,
-)
+from emergence_kernels.gpu.small_gradients import output_bias_gradient, sums
 from emergence_kernels.gpu.up_projection import up_projection
 from emergence_kernels.gpu.weight_gradient import weight_gradient
 from emergence_kernels.permutation import Permutation
@@ -97,7 +93,7 @@ def backward(
     want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
     offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
     weights_TK = weights_TK.contiguous()
-    dx = dweights = dw1 = db1 = dw2 = db2 = bias_dscale_S = None
+    dx = dw1 = dw2 = db2_MH = bias_dscale_NS = None
 
     dy_SH = gather(with_contiguous_rows(dy_TH), token_idx_S)
     dy_factor = as_factor(dy_SH, precision)
@@ -117,18 +113,21 @@ def backward(
         want_scale=want_weights,
     )
     if b2_EH is not None and (want_b2 or want_weights):
-        db2, bias_dscale_S = output_bias_gradient(
-            dy_SH, weights_TK, b2_EH.contiguous(), permutation, dtype
+        db2_MH, bias_dscale_NS = output_bias_gradient(
+            dy_SH, weights_TK, b2_EH.contiguous(), permutation
         )
-    if through.dscale_NS is not None:
-        dweights = routing_weight_gradient(
-            through.dscale_NS, bias_dscale_S, permutation.inv_perm, weights_TK
-        )
+    db1, db2, dweights = sums(
+        through.db1_MP,
+        db2_MH if want_b2 else None,
+        through.dscale_NS,
+        bias_dscale_NS,
+        permutation,
+        weights_TK,
+        dtype,
+    )
     if through.scaled_act_SF is not None:
         act_SF = as_factor(through.scaled_act_SF, precision, in_place=True)
         dw2 = weight_gradient(act_SF, dy_factor, offsets, plan.weight_grad, precision, dtype)
-    if through.db1_MP is not None:
-        db1 = sum_of_tiles(through.db1_MP, offsets, ROWS_PER_TILE, dtype)
     if through.dpre_SP is not None and (want_w1 or want_x):
         dpre_SP = as_factor(through.dpre_SP, precision, in_place=True)
     if want_w1:
@@ -141,4 +140,4 @@ def backward(
             dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True
         )
         dx = combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None)
-    return dx, dweights, dw1, db1, dw2, db2 if want_b2 else None
+    return dx, dweights, dw1, db1, dw2, db2

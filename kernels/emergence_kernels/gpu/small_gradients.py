@@ -1,8 +1,8 @@
 """The gradients that are sums: of the biases over rows, of the routing weights over columns.
 
-Partial sums of tiles are written out and added in one order, never atomically.
-Letters: T tokens, H model width, E experts, K experts per token, S = T*K routed rows sorted by
-expert, M row tiles, N column tiles, W width of what is summed.
+Partial sums of tiles, their shares, are written out and added in one order, never atomically.
+Letters: T tokens, H model width, P pre-activation width, E experts, K experts per token, S = T*K
+routed rows sorted by expert, M row tiles, N column tiles, W width of what is summed.
 """
 
 import torch
@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE
 from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
 from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
 from emergence_kernels.permutation import Permutation
 
-_ROWS_PER_TILE = 64
+_COLUMNS_PER_TILE = 64
 
 
 @triton.jit
@@ -25,95 +26,86 @@ def _output_bias_bwd_kernel(
     b2_ptr,  # (E, H) contiguous
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
     db2_ptr,  # (M, H) fp32 out: every row tile's share of the gradient of b2
-    dscale_ptr,  # (S,) fp32 out: <dy[token], b2[expert]> of every sorted row
+    dscale_ptr,  # (N, S) fp32 out: every column tile's share of <dy[token], b2[expert]>
+    num_rows,
     E: tl.constexpr,
     H: tl.constexpr,
     E_PAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Grid: (row tiles,)."""
+    """Grid: (column tiles of the first row tile, of the second, up to the most there can be,)."""
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
-    tile = tl.program_id(0)
-    if tile < tl.max(tiles_E, 0):
-        expert, first, end = locate_tile(tile, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
+    tiles_n: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    tile_n = tl.program_id(0) % tiles_n
+    tile_m = tl.program_id(0) // tiles_n
+    if tile_m < tl.max(tiles_E, 0):
+        expert, first, end = locate_tile(tile_m, start_E, end_E, tiles_E, E_PAD, BLOCK_M)
         row = first + tl.arange(0, BLOCK_M)
+        h = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (row < end)[:, None] & (h < H)[None, :]
         slot = tl.load(perm_ptr + row, mask=row < end, other=0)
         scale = tl.load(weights_ptr + slot, mask=row < end, other=0.0).to(tl.float32)[:, None]
-        dscale = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        for first_h in range(0, H, BLOCK_H):
-            h = first_h + tl.arange(0, BLOCK_H)
-            inside = (row < end)[:, None] & (h < H)[None, :]
-            dy_ptrs = dy_ptr + row.to(tl.int64)[:, None] * H + h[None, :]
-            dy = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)
-            b2 = tl.load(b2_ptr + expert * H + h, mask=h < H, other=0.0).to(tl.float32)
-            dscale += tl.sum(dy * b2[None, :], 1)
-            db2_ptrs = db2_ptr + tile.to(tl.int64) * H + h
-            tl.store(db2_ptrs, tl.sum(dy * scale, 0), mask=h < H)
-        tl.store(dscale_ptr + row, dscale, mask=row < end)
+        dy_ptrs = dy_ptr + row.to(tl.int64)[:, None] * H + h[None, :]
+        dy = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)
+        b2 = tl.load(b2_ptr + expert * H + h, mask=h < H, other=0.0).to(tl.float32)
+        tl.store(db2_ptr + tile_m.to(tl.int64) * H + h, tl.sum(dy * scale, 0), mask=h < H)
+        dscale_ptrs = dscale_ptr + tile_n.to(tl.int64) * num_rows + row
+        tl.store(dscale_ptrs, tl.sum(dy * b2[None, :], 1), mask=row < end)
 
 
 def output_bias_gradient(
-    dy_SH: Tensor,
-    weights_TK: Tensor,
-    b2_EH: Tensor,
-    permutation: Permutation,
-    dtype: torch.dtype,
+    dy_SH: Tensor, weights_TK: Tensor, b2_EH: Tensor, permutation: Permutation
 ) -> tuple[Tensor, Tensor]:
-    """What the bias of the down projection takes part in; `dy_SH` is contiguous.
+    """What the bias of the down projection takes part in; `dy_SH` and `b2_EH` are contiguous.
 
     Returns:
-        Its gradient (E, H) in `dtype`, and `<dy[token], b2[expert]>` (S,) fp32, its share of the
-        gradient of every sorted row's routing weight.
+        Every row tile's share (M, H) of its gradient, and every column tile's (N, S) of
+        `<dy[token], b2[expert]>`, its part of the gradient of every row's routing weight; in fp32.
     """
     num_experts, hidden = b2_EH.shape
     num_rows = permutation.perm.numel()
-    tiles = tile_bound(num_rows, num_experts, _ROWS_PER_TILE)
-    db2_MH = torch.empty(tiles, hidden, dtype=torch.float32, device=dy_SH.device)
-    dscale_S = torch.empty(num_rows, dtype=torch.float32, device=dy_SH.device)
+    tiles_m = tile_bound(num_rows, num_experts, ROWS_PER_TILE)
+    tiles_n = cdiv(hidden, _COLUMNS_PER_TILE)
+    db2_MH = dy_SH.new_empty(tiles_m, hidden, dtype=torch.float32)
+    dscale_NS = dy_SH.new_empty(tiles_n, num_rows, dtype=torch.float32)
     launch(
         _output_bias_bwd_kernel,
-        (tiles,),
+        (tiles_m * tiles_n,),
         dy_SH,
         permutation.perm,
         weights_TK,
         b2_EH,
         permutation.expert_offsets,
         db2_MH,
-        dscale_S,
+        dscale_NS,
+        num_rows,
         E=num_experts,
         H=hidden,
         E_PAD=next_power_of_2(num_experts),
-        BLOCK_M=_ROWS_PER_TILE,
-        BLOCK_H=64,
+        BLOCK_M=ROWS_PER_TILE,
+        BLOCK_N=_COLUMNS_PER_TILE,
         num_warps=4,
     )
-    db2_EH = sum_of_tiles(db2_MH, permutation.expert_offsets, _ROWS_PER_TILE, dtype)
-    return db2_EH, dscale_S
+    return db2_MH, dscale_NS
 
 
 @triton.jit
-def _sum_of_tiles_bwd_kernel(
-    tiles_ptr,  # (M, W) fp32 partial sums
-    expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    sums_ptr,  # (E, W) out
-    E: tl.constexpr,
-    W: tl.constexpr,
-    E_PAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    TILES_AT_ONCE: tl.constexpr,
-):
-    """Grid: (E, blocks of W)."""
+def _sum_of_tiles(
+    program, tiles_ptr, sums_ptr, expert_offsets_ptr, E: tl.constexpr, W: tl.constexpr,
+    E_PAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Sum (E, W) over every expert's row tiles of (M, W) shares: one block of one expert."""
     start_E, end_E, tiles_E = expert_tiles(expert_offsets_ptr, E, E_PAD, BLOCK_M)
-    expert = tl.program_id(0)
+    blocks: tl.constexpr = (W + BLOCK_W - 1) // BLOCK_W
+    expert = program // blocks
     mine = tl.arange(0, E_PAD) == expert
     last = tl.sum(tl.where(mine, tiles_E, 0), 0)
     count = tl.sum(tl.where(mine, (end_E - start_E + BLOCK_M - 1) // BLOCK_M, 0), 0)
-    w = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    w = program % blocks * BLOCK_W + tl.arange(0, BLOCK_W)
     total = tl.zeros((BLOCK_W,), dtype=tl.float32)
-    for first in range(last - count, last, TILES_AT_ONCE):
-        tile = first + tl.arange(0, TILES_AT_ONCE)
+    for first in range(last - count, last, AT_ONCE):
+        tile = first + tl.arange(0, AT_ONCE)
         inside = (tile < last)[:, None] & (w < W)[None, :]
         tile_ptrs = tiles_ptr + tile.to(tl.int64)[:, None] * W + w[None, :]
         total += tl.sum(tl.load(tile_ptrs, mask=inside, other=0.0), 0)
@@ -121,70 +113,112 @@ def _sum_of_tiles_bwd_kernel(
     tl.store(sums_ptrs, total.to(sums_ptr.dtype.element_ty), mask=w < W)
 
 
-def sum_of_tiles(
-    tiles_MW: Tensor, expert_offsets: Tensor, rows_per_tile: int, dtype: torch.dtype
-) -> Tensor:
-    """Sum (E, W) of every expert's row tiles, each of `rows_per_tile` rows; zero for no rows."""
-    num_experts, width = len(expert_offsets) - 1, tiles_MW.shape[1]
-    sums_EW = tiles_MW.new_empty(num_experts, width, dtype=dtype)
-    launch(
-        _sum_of_tiles_bwd_kernel,
-        (num_experts, cdiv(width, 128)),
-        tiles_MW,
-        expert_offsets,
-        sums_EW,
-        E=num_experts,
-        W=width,
-        E_PAD=next_power_of_2(num_experts),
-        BLOCK_M=rows_per_tile,
-        BLOCK_W=128,
-        TILES_AT_ONCE=16,
-        num_warps=4,
-    )
-    return sums_EW
+@triton.jit
+def _sum_of_shares(shares_ptr, row, inside, num_rows, N: tl.constexpr):
+    """Sum over N of the (N, S) shares of these rows."""
+    total = tl.zeros(row.shape, dtype=tl.float32)
+    share_ptrs = shares_ptr + row
+    for _ in range(N):
+        total += tl.load(share_ptrs, mask=inside, other=0.0)
+        share_ptrs += num_rows
+    return total
 
 
 @triton.jit
-def _routing_weight_bwd_kernel(
-    dscale_ptr,  # (N, S) fp32: every column tile's share, by sorted row
-    bias_dscale_ptr,  # (S,) fp32: the bias's share, by sorted row, read if HAS_BIAS
+def _sums_bwd_kernel(
+    db1_tiles_ptr,  # (M, P) fp32, read if P
+    db2_tiles_ptr,  # (M, H) fp32, read if H
+    dscale_ptr,  # (N, S) fp32, by sorted row, read if N
+    bias_dscale_ptr,  # (N_BIAS, S) fp32, by sorted row, read if N
+    expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
     inv_perm_ptr,  # (S,) int64: the sorted row of every slot t*K + k
+    db1_ptr,  # (E, P) out
+    db2_ptr,  # (E, H) out
     dweights_ptr,  # (S,) out, by slot
     num_rows,
+    E: tl.constexpr,
+    P: tl.constexpr,
+    H: tl.constexpr,
     N: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    N_BIAS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Grid: (blocks of S,)."""
-    slot = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = slot < num_rows
-    row = tl.load(inv_perm_ptr + slot, mask=inside, other=0)
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
-    dscale_ptrs = dscale_ptr + row
-    for _ in range(N):
-        total += tl.load(dscale_ptrs, mask=inside, other=0.0)
-        dscale_ptrs += num_rows
-    if HAS_BIAS:
-        total += tl.load(bias_dscale_ptr + row, mask=inside, other=0.0)
-    tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), mask=inside)
+    """Grid: (blocks of db1, of db2, of the routing weights,)."""
+    before_b2: tl.constexpr = E * ((P + BLOCK_W - 1) // BLOCK_W)
+    before_weights: tl.constexpr = before_b2 + E * ((H + BLOCK_W - 1) // BLOCK_W)
+    program = tl.program_id(0)
+    if P > 0:  # noqa: SIM102 - what is not wanted is not compiled
+        if program < before_b2:
+            _sum_of_tiles(
+                program, db1_tiles_ptr, db1_ptr, expert_offsets_ptr, E, P, E_PAD, BLOCK_M, BLOCK_W,
+                AT_ONCE,
+            )  # fmt: skip
+    if H > 0:  # noqa: SIM102
+        if (program >= before_b2) & (program < before_weights):
+            _sum_of_tiles(
+                program - before_b2, db2_tiles_ptr, db2_ptr, expert_offsets_ptr, E, H, E_PAD,
+                BLOCK_M, BLOCK_W, AT_ONCE,
+            )  # fmt: skip
+    if N > 0:  # noqa: SIM102
+        if program >= before_weights:
+            slot = (program - before_weights).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+            inside = slot < num_rows
+            row = tl.load(inv_perm_ptr + slot, mask=inside, other=0)
+            total = _sum_of_shares(dscale_ptr, row, inside, num_rows, N)
+            if N_BIAS > 0:
+                total += _sum_of_shares(bias_dscale_ptr, row, inside, num_rows, N_BIAS)
+            tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), mask=inside)
 
 
-def routing_weight_gradient(
-    dscale_NS: Tensor, bias_dscale_S: Tensor | None, inv_perm_S: Tensor, weights_TK: Tensor
-) -> Tensor:
-    """Gradient (T, K) of the routing weights from the shares of their sorted rows."""
-    dweights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+def sums(
+    db1_MP: Tensor | None,
+    db2_MH: Tensor | None,
+    dscale_NS: Tensor | None,
+    bias_dscale_NS: Tensor | None,
+    permutation: Permutation,
+    weights_TK: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of b1 (E, P) and b2 (E, H) in `dtype`, and of the routing weights (T, K).
+
+    Each from its shares, all in fp32; without them it is None. An expert without rows gets zero.
+    """
+    offsets, num_rows = permutation.expert_offsets, permutation.perm.numel()
+    num_experts = len(offsets) - 1
+    pre_width, hidden = (0 if s is None else s.shape[1] for s in (db1_MP, db2_MH))
+    db1 = weights_TK.new_empty(num_experts, pre_width, dtype=dtype) if pre_width else None
+    db2 = weights_TK.new_empty(num_experts, hidden, dtype=dtype) if hidden else None
+    dweights_TK = None
+    if dscale_NS is not None:
+        dweights_TK = torch.empty_like(weights_TK, memory_format=torch.contiguous_format)
+    blocks = num_experts * (cdiv(pre_width, 128) + cdiv(hidden, 128))
     launch(
-        _routing_weight_bwd_kernel,
-        (cdiv(inv_perm_S.numel(), 256),),
+        _sums_bwd_kernel,
+        (blocks + (0 if dscale_NS is None else cdiv(num_rows, 256)),),
+        db1_MP,
+        db2_MH,
         dscale_NS,
-        bias_dscale_S,
-        inv_perm_S,
+        bias_dscale_NS,
+        offsets,
+        permutation.inv_perm,
+        db1,
+        db2,
         dweights_TK,
-        inv_perm_S.numel(),
-        N=len(dscale_NS),
-        HAS_BIAS=bias_dscale_S is not None,
-        BLOCK=256,
+        num_rows,
+        E=num_experts,
+        P=pre_width,
+        H=hidden,
+        N=0 if dscale_NS is None else len(dscale_NS),
+        N_BIAS=0 if bias_dscale_NS is None else len(bias_dscale_NS),
+        E_PAD=next_power_of_2(num_experts),
+        BLOCK_M=ROWS_PER_TILE,
+        BLOCK_W=128,
+        AT_ONCE=16,
+        BLOCK_S=256,
         num_warps=4,
     )
-    return dweights_TK
+    return db1, db2, dweights_TK
