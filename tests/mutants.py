@@ -482,12 +482,6 @@ SMALL_GRADIENTS = [
         "if program >= before_b2:",
     ),
     Mutation(
-        "output-biass-shares-of-ds-32-bit-offset-of-the-tile",
-        "gpu/small_gradients.py",
-        "dscale_ptr + tile_n.to(tl.int64) * num_rows + row",
-        "dscale_ptr + tile_n * num_rows + row",
-    ),
-    Mutation(
         "db2-without-the-routing-weight",
         "gpu/small_gradients.py",
         "tl.sum(dy * scale, 0)",

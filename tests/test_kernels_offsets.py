@@ -2,7 +2,8 @@
 
 The memory is allocated but hardly touched: rows far apart, or the last rows or the last expert of
 a large tensor, so that on a CPU it takes address space only. Results that are written throughout
-take a GPU. Untested are the shares of `<dA', A>`, which would need inputs of 2**40 elements.
+take a GPU. Untested are the shares of the routing weights' gradient: their inputs would have 2**37
+elements.
 
 Letters: see `kernel_cases`, and R the rows that nobody has before the first expert's.
 """
