@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, get_cosine_schedule_with_warmup
 
-from moe_emergence.config import OptimConfig
+from moe_emergence.config import OptimConfig, RunConfig
 from moe_emergence.data.loader import StepBatch
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import LanguageModel
@@ -21,6 +22,7 @@ from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.schedules import build_optimizer, learning_rate, noise_std
 from moe_emergence.training.step import StepStatistics, forward_backward
+from moe_emergence.training.tuning import tokens_of_a_pass
 
 ROWS, LENGTH, VOCABULARY = 8, 12, 50
 OPTIM = OptimConfig(lb_coef=0.3, z_coef=0.1)
@@ -112,6 +114,23 @@ def test_gradient_is_that_of_lm_plus_weighted_auxiliary_losses(scope: str) -> No
     assert float(sums.lm_loss) == pytest.approx(lm_loss.item(), rel=1e-6)
     assert float(sums.lb_loss) == pytest.approx(lb_loss.item(), rel=1e-6)
     assert float(sums.z_loss) == pytest.approx(z_loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["global", "micro"])
+def test_tuning_is_for_as_many_tokens_as_a_layer_gets(
+    scope: Literal["global", "micro"], tiny_config: RunConfig
+) -> None:
+    model = moe_model(1)
+    seen = []
+    for layer in model.moe_layers().values():
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][..., 0].numel()))
+    step(model, 4, scope)
+    optim = replace(
+        tiny_config.optim, balance_scope=scope, batch_size=ROWS // 4, grad_accum_steps=4
+    )
+    config = replace(tiny_config, optim=optim)
+    config = replace(config, data=replace(config.data, block_size=LENGTH))
+    assert set(seen) == {tokens_of_a_pass(config)}
 
 
 def test_sums_add_up() -> None:

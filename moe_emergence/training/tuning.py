@@ -23,6 +23,13 @@ def check_can_tune(config: RunConfig, accelerator: Accelerator) -> None:
         )
 
 
+def tokens_of_a_pass(config: RunConfig) -> int:
+    """Tokens that a mixture layer gets at once in training, see `forward_backward`."""
+    optim = config.optim
+    at_once = optim.grad_accum_steps if optim.balance_scope == "global" else 1
+    return at_once * optim.batch_size * config.data.block_size
+
+
 def measured(
     config: RunConfig, model: MoEGPT2LMHeadModel, accelerator: Accelerator
 ) -> TuningTable | None:
@@ -35,7 +42,7 @@ def measured(
     layers = list(model.moe_layers().values())
     if config.autotune and layers:
         layer = layers[0].to(device)
-        tokens = config.optim.batch_size * config.data.block_size
+        tokens = tokens_of_a_pass(config)
         dtype = _COMPUTE_DTYPES[accelerator.mixed_precision]
         # one process of a machine measures, the others read what it wrote
         with accelerator.local_main_process_first():
