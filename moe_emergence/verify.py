@@ -4,9 +4,11 @@ Needs nothing but torch, Triton and rich, so that any machine with a GPU can run
 """
 
 import argparse
-import json
+import math
 import os
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -19,6 +21,7 @@ from moe_emergence.certificate import (
     ACTIVATIONS,
     Certificate,
     DtypeName,
+    Row,
     Status,
     available_dtypes,
     certificate_table,
@@ -33,6 +36,7 @@ from moe_emergence.certificate import (
 from moe_emergence.errors import exit_code
 from moe_emergence.moe.dispatch import Dispatcher, DispatchName, get_dispatcher
 from moe_emergence.progress import progress_bar
+from moe_emergence.run_folder import write_json
 from moe_emergence.settings import check, to_dict
 
 PROG = "python -m moe_emergence.verify"
@@ -59,7 +63,8 @@ class VerifyConfig:
     """Processes that share the cases; 0 takes one on a CPU and up to 12 on a GPU, where compiling
     the kernels for so many shapes is what takes time."""
     json: str | None = None
-    """File for the certificate with every figure and bound."""
+    """File for the certificate with every figure and bound; whole at any time, "unfinished" until
+    the end."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -136,10 +141,15 @@ def main(argv: list[str]) -> int:
     cases += random_cases(config.cases, config.seed, config.activation)
     rows = properties(device)
     jobs = config.jobs or (min(12, os.cpu_count() or 1) if on_cuda else 1)
+    writer = _Writer(config, device)
     with progress_bar("verify", len(arithmetics) * (len(cases) + len(rows))) as advance:
-        certificate = certify(paths, cases, rows, arithmetics, device, config.seed, advance, jobs)
-    if config.json is not None:
-        _write(Path(config.json), config, certificate, device)
+
+        def on_rows(found: Sequence[Row]) -> None:
+            writer.add(found)
+            advance(1)
+
+        certificate = certify(paths, cases, rows, arithmetics, device, config.seed, on_rows, jobs)
+    writer.write(certificate, "certified" if certificate.certified else "not certified")
     console = Console(markup=False, highlight=False)
     for name in paths:
         console.print(certificate_table(certificate, name))
@@ -148,17 +158,35 @@ def main(argv: list[str]) -> int:
     return 0 if certificate.certified else 1
 
 
-def _write(
-    path: Path, config: VerifyConfig, certificate: Certificate, device: torch.device
-) -> None:
-    written: dict[str, Any] = {
-        "verdict": "certified" if certificate.certified else "not certified",
-        "counts": {status: certificate.count(status) for status in get_args(Status)},
-        "machine": describe_machine(device),
-        "settings": to_dict(config),
-        **certificate.to_dict(),
-    }
-    path.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+class _Writer:
+    """Keeps `--json` whole on disk while rows come, at most `_EVERY` seconds behind."""
+
+    _EVERY = 1.0
+
+    def __init__(self, config: VerifyConfig, device: torch.device) -> None:
+        self.config, self.machine = config, describe_machine(device)
+        self.rows: list[Row] = []
+        self.written = -math.inf
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Take these rows; what they say so far is unfinished."""
+        self.rows += rows
+        if time.monotonic() - self.written > self._EVERY:
+            self.write(Certificate(tuple(self.rows)), "unfinished")
+
+    def write(self, certificate: Certificate, verdict: str) -> None:
+        """Replace the file, if there is to be one."""
+        if self.config.json is None:
+            return
+        content: dict[str, Any] = {
+            "verdict": verdict,
+            "counts": {status: certificate.count(status) for status in get_args(Status)},
+            "machine": self.machine,
+            "settings": to_dict(self.config),
+            **certificate.to_dict(),
+        }
+        write_json(Path(self.config.json), content)
+        self.written = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 Letters: T tokens, H model width, F expert width, E experts, K experts per token.
 """
 
+import importlib
 import json
+import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
+from moe_emergence import verify
 from moe_emergence.certificate import (
     Case,
     available_dtypes,
@@ -22,7 +25,6 @@ from moe_emergence.certificate import (
 from moe_emergence.cli import dispatch_verb
 from moe_emergence.command import run
 from moe_emergence.moe import Experts, RouterDecision, get_dispatcher
-from moe_emergence.verify import main
 
 pytestmark = pytest.mark.slow
 
@@ -319,7 +321,9 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path, capsys, mo
     monkeypatch.setenv("COLUMNS", "120")
     written = tmp_path / "certificate.json"
     flags = ["--dispatch", "fused", "grouped", "--dtype", "fp32", "--device", "cpu"]
-    code = run(main, [*flags, "--cases", "1", "--activation", "swiglu", "--json", str(written)])
+    code = run(
+        verify.main, [*flags, "--cases", "1", "--activation", "swiglu", "--json", str(written)]
+    )
     out = capsys.readouterr().out
     assert code == 0, out
     assert out.splitlines()[-1].startswith("verdict: certified: fused, grouped on cpu (")
@@ -331,6 +335,37 @@ def test_the_command_prints_a_table_and_writes_every_figure(tmp_path, capsys, mo
     assert content["counts"]["refused"] > 0
     figures = content["rows"][0]["tensors"][0]
     assert {"tensor", "rms", "worst", "sequential_rms", "rms_bound", "worst_bound"} < set(figures)
+
+
+def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch) -> None:
+    module = importlib.import_module("moe_emergence.certificate.certify")
+    compare, calls = module._compare_alone, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return compare(*arguments)
+
+    monkeypatch.setattr(module, "_compare_alone", interrupted)
+    monkeypatch.setattr(verify._Writer, "_EVERY", 0.0)
+    written = tmp_path / "certificate.json"
+    with pytest.raises(KeyboardInterrupt):
+        verify.main(["--dtype", "fp64", "--device", "cpu", "--cases", "0", "--json", str(written)])
+    content = json.loads(written.read_text())
+    assert content["verdict"] == "unfinished"
+    assert [row["name"] for row in content["rows"]] == [case.name for _, case, *_ in calls[:2]]
+    assert content["counts"]["passed"] == 2
+    assert os.listdir(tmp_path) == ["certificate.json"]
+
+
+def test_several_processes_find_the_same_in_the_same_order() -> None:
+    arithmetics, seen = [get_arithmetic("fp32", CPU)], []
+    paths = {"fused": get_dispatcher("fused")}
+    alone = certify(paths, SMALL[:4], [], arithmetics, CPU)
+    together = certify(paths, SMALL[:4], [], arithmetics, CPU, on_rows=seen.extend, jobs=2)
+    assert together == alone
+    assert {row.name for row in seen} == {row.name for row in alone.rows}
 
 
 def test_a_failure_is_exit_code_1_and_named(monkeypatch, capsys) -> None:
@@ -352,7 +387,7 @@ def test_a_failure_is_exit_code_1_and_named(monkeypatch, capsys) -> None:
     ],
 )
 def test_settings_that_cannot_be_used_are_exit_code_2(flags, words, capsys) -> None:
-    assert run(main, flags) == 2
+    assert run(verify.main, flags) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -361,5 +396,5 @@ def test_settings_that_cannot_be_used_are_exit_code_2(flags, words, capsys) -> N
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_fused_is_certified_on_the_gpu(capsys) -> None:
-    code = run(main, ["--device", "cuda", "--cases", "5"])
+    code = run(verify.main, ["--device", "cuda", "--cases", "5"])
     assert code == 0, capsys.readouterr().out

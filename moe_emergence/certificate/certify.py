@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -65,15 +65,16 @@ def certify(
     arithmetics: Sequence[Arithmetic],
     device: torch.device,
     seed: int = 0,
-    advance: Callable[[float], None] = lambda amount: None,
+    on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
     jobs: int = 1,
 ) -> Certificate:
     """Judge every path in `paths`, by name.
 
     An exception is a failure of its row, and the rest still runs; a `ValueError` that begins with
-    `--dispatch` is a path's own word that it does not take such a case. `advance` is called with 1
-    after every case or property in every arithmetic. With several `jobs` the cases are shared
-    among as many processes, which make the dispatchers anew from their names.
+    `--dispatch` is a path's own word that it does not take such a case. `on_rows` is called with the
+    rows of every case or property in every arithmetic once they are known, in any order. With
+    several `jobs` the cases are shared among as many processes, which make the dispatchers anew
+    from their names.
     """
     rows: list[Row] = []
     tasks = [
@@ -83,19 +84,23 @@ def certify(
     ]
     if jobs == 1:
         for task in tasks:
-            rows += _compare_alone(paths, *task)
-            advance(1)
+            found = _compare_alone(paths, *task)
+            on_rows(found)
+            rows += found
     else:
         with ProcessPoolExecutor(jobs, mp_context=warm_processes(__name__)) as pool:
             shares = [pool.submit(_compare_by_name, tuple(paths), *task) for task in tasks]
+            for share in as_completed(shares):
+                on_rows(share.result())
             for share in shares:
                 rows += share.result()
-                advance(1)
     for arithmetic in arithmetics:
         for row in properties:
+            found = []
             if row.promise is None or arithmetic.name in row.promise.dtypes:
-                rows += [_check(path, paths[path], row, arithmetic, device, seed) for path in paths]
-            advance(1)
+                found = [_check(path, paths[path], row, arithmetic, device, seed) for path in paths]
+            on_rows(found)
+            rows += found
     return Certificate(tuple(rows))
 
 
