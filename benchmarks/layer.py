@@ -188,7 +188,9 @@ def _measure_phase(
             try:
                 rows[name] = replace(rows[name], graph_s=graph_median(works[name]))
             except Exception as error:  # noqa: BLE001 - as in `admit`
-                error_row(rows[name], error, device)
+                note = error_row(rows[name], error, device).note
+                notes = (rows[name].note, f"no CUDA graph: {note}")
+                rows[name] = replace(rows[name], note="; ".join(filter(None, notes)))
     return list(rows.values())
 
 

@@ -42,7 +42,8 @@ class Row:
     """Median over rounds of the reference's time in that round over this one's."""
     speedup_quartiles: tuple[float, float] | None = None
     graph_s: float | None = None
-    """Median as a CUDA graph, without launch overhead; None where it cannot be captured."""
+    """Median as a CUDA graph, without launch overhead; None where it cannot be captured, which
+    `note` then explains."""
     flops: float | None = None
     bytes: float | None = None
     """Lower bound of the memory traffic."""

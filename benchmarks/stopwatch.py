@@ -1,6 +1,5 @@
 """Timing: contestants take turns, so that whatever slows the machine slows all of them."""
 
-import logging
 import random
 import statistics
 import time
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-logger = logging.getLogger(__name__)
+from moe_emergence.cuda_graph import CudaCapture, NotCapturableError
 
 Work = Callable[[], object]
 
@@ -96,17 +95,19 @@ def device_seconds(work: Work, rounds: int = 5) -> float:
     return min(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
-def graph_median(work: Work, rounds: int = 30) -> float | None:
-    """Median seconds of `work` replayed as a CUDA graph; None if it cannot be captured.
+def graph_median(work: Work, rounds: int = 30) -> float:
+    """Median seconds of `work` replayed as a CUDA graph.
 
-    Work that waits for the host is recognised before the capture, which it would break.
+    Raises:
+        NotCapturableError: if it cannot be captured.
     """
-    graph = _capture(work)
-    if graph is None:
-        return None
-    samples = interleave({"graph": graph.replay}, "cuda", budget_s=0.002 * rounds)
-    del graph
-    return samples["graph"].median
+    capture = CudaCapture(torch.device("cuda", torch.cuda.current_device()))
+    for _ in range(3):
+        _, reason = capture.rehearse(work)
+    if reason is not None:
+        raise NotCapturableError(reason)
+    replay = capture.record(work)
+    return interleave({"graph": replay}, "cuda", budget_s=0.002 * rounds)["graph"].median
 
 
 def _warm_up(work: Work, device: str) -> float:
@@ -144,33 +145,6 @@ def _cuda_rounds(works: Mapping[str, Work], order: list[list[str]]) -> dict[str,
             torch.cuda.synchronize()
             events[name].append((start, end))
     return {n: [a.elapsed_time(b) / 1e3 for a, b in pairs] for n, pairs in events.items()}
-
-
-def _capture(work: Work) -> torch.cuda.CUDAGraph | None:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    mode = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode("error")
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                work()
-    except RuntimeError as error:
-        logger.info("no CUDA graph: %s", str(error).partition("\n")[0])
-        return None
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            work()
-    except RuntimeError as error:
-        logger.info("no CUDA graph: %s", str(error).partition("\n")[0])
-        torch.cuda.synchronize()
-        return None
-    return graph
 
 
 def synchronize(device: str) -> None:

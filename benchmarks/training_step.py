@@ -20,10 +20,11 @@ from benchmarks.results import Record, Row
 from benchmarks.roofline import measure_rates
 from benchmarks.workers import Worker, take_turns
 from moe_emergence.config import OptimConfig
+from moe_emergence.cuda_graph import CudaCapture
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise
-from moe_emergence.training.graph import WARM_UP, CudaCapture, GraphedUpdate
+from moe_emergence.training.graph import WARM_UP, GraphedUpdate
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators

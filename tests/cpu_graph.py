@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moe_emergence.training.graph import NotCapturableError
+from moe_emergence.cuda_graph import NotCapturableError
 from moe_emergence.training.update import Outcome
 
 

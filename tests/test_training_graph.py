@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from cpu_graph import RecordedOnCpu
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from moe_emergence.config import OptimConfig, RunConfig
+from moe_emergence.cuda_graph import NotCapturableError
 from moe_emergence.data.loader import StepBatch
 from moe_emergence.errors import RunError
 from moe_emergence.models import upcycle
@@ -24,7 +26,6 @@ from moe_emergence.training.experiment import run_experiment
 from moe_emergence.training.graph import (
     WARM_UP,
     GraphedUpdate,
-    NotCapturableError,
     check_can_capture,
     make_update,
 )
@@ -40,8 +41,15 @@ OPTIM = OptimConfig(
 
 
 def make(
-    kind: str = "moe", scope: str = "global", dropout: float = 0.0
-) -> tuple[torch.nn.Module, Update]:
+    kind: str = "moe",
+    scope: str = "global",
+    dropout: float = 0.0,
+    device: str = "cpu",
+    precision: str = "no",
+) -> tuple[PreTrainedModel, Update]:
+    """The same model and optimizer every time."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=precision)
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2, bos_token_id=0,
@@ -52,7 +60,7 @@ def make(
         model = upcycle(model, [0, 1], 4, 2, noise=0.5, use_expert_bias=True)
     model.train()
     optim = replace(OPTIM, balance_scope=scope)
-    accelerator = Accelerator(cpu=True)
+    model.to(device)
     loss, optimizer = accelerator.prepare(NextTokenLoss(model), build_optimizer(model, optim))
     return model, Update(accelerator, loss, optimizer, optim, 0.05)
 
@@ -64,13 +72,14 @@ def batch(step: int) -> StepBatch:
 
 
 def train(
-    model: torch.nn.Module, update: Callable[..., Outcome], kind: str, steps: range
+    model: PreTrainedModel, update: Callable[..., Outcome], kind: str, steps: range
 ) -> list[list[float]]:
     rows = []
     for step in steps:
         torch.manual_seed(hash((7, step)))
         noise = None if kind == "dense" else RouterNoise(noise_std(step, OPTIM), 3, step)
-        sums, norm = update(batch(step), noise, learning_rate(step, OPTIM))
+        on_device = StepBatch(*(t.to(model.device) for t in batch(step)))
+        sums, norm = update(on_device, noise, learning_rate(step, OPTIM))
         rows.append([float(norm), *torch.cat([t.flatten() for t in vars(sums).values()]).tolist()])
     return rows
 
@@ -208,6 +217,6 @@ def test_the_loss_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     update(batch(0), None, 0.0)
     assert not asked
-    assert model.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    assert model.config._attn_implementation == "sdpa"
     model(input_ids=batch(0).input_ids[0], use_cache=False)
     assert asked

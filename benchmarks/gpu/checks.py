@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.gpu.program import REPOSITORY, Fields, Setting
 
-TESTS = ("tests/test_gpu_layer.py", "tests/test_moe_dispatch.py", "tests/test_kernels_*.py")
+TESTS = ("tests/test_gpu_*.py", "tests/test_moe_dispatch.py", "tests/test_kernels_*.py")
 TINY_TESTS = ("tests/test_kernels_routing.py",)
 
 

@@ -10,16 +10,16 @@ from dataclasses import asdict
 
 import torch
 
-from benchmarks.contestants import Entry
 from benchmarks.gate import Gate, evaluate
 from benchmarks.gpu.program import Fields, Setting
 from benchmarks.layer import measure_layer, phase_work
 from benchmarks.peers import ENTRIES
 from benchmarks.results import Row
 from benchmarks.roofline import measure_rates
-from benchmarks.stopwatch import graph_median, host_seconds
+from benchmarks.stopwatch import Work, graph_median, host_seconds
 from benchmarks.workloads import Case, Shape, make_problem
 from emergence_kernels.processes import warm_processes
+from moe_emergence.cuda_graph import NotCapturableError
 
 DISPATCHERS = ("fused", "grouped", "sequential")
 CONTESTANTS = (*DISPATCHERS, "dense-floor", "hf-grouped_mm")
@@ -83,25 +83,34 @@ def _correct(case: Case, device: str) -> list[Fields]:
 
 
 def layers(setting: Setting) -> Iterator[Fields]:
-    """Rows of the layer suite, forward and full, with the host's own time of ours."""
-    entries = tuple(e for e in ENTRIES if e.name in CONTESTANTS)
+    """Rows of the layer suite, forward and full; a process for each case, one at a time.
+
+    What a case does to its process (a capture that failed, memory in pieces) ends with it.
+    """
     dtype = "bf16" if setting.device == "cuda" else "fp32"
     cases = [Case(shape, "balanced", dtype) for shape in (TINY if setting.tiny else TIMED)]
     if not setting.tiny:
         cases += [Case(_shape(1024), "zipf", dtype), Case(_shape(16384), "zipf", dtype)]
         cases += [Case(_shape(1024), "balanced", "fp32"), Case(_shape(16384), "balanced", "fp32")]
         cases += [Case(_shape(16384), "balanced", dtype, "swiglu")]
+    context = warm_processes("torch", __name__)
     for case in cases:
         if time.time() > setting.deadline - 8:
             return
-        yield from map(_lean, _measured(case, entries, setting))
+        try:
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+                yield from pool.submit(_measured, case, setting).result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            yield {"group": case.name, "verdict": "error", "note": str(error)}
 
 
-def _measured(case: Case, entries: tuple[Entry, ...], setting: Setting) -> list[Row]:
+def _measured(case: Case, setting: Setting) -> list[Fields]:
+    entries = tuple(e for e in ENTRIES if e.name in CONTESTANTS)
     budget_s = 0.05 if setting.tiny else 0.8
-    return measure_layer(
+    rows = measure_layer(
         case, setting.device, budget_s=budget_s, entries=entries, phases=("forward", "full")
     )
+    return [*map(_lean, rows)]
 
 
 def _lean(row: Row) -> Fields:
@@ -126,19 +135,26 @@ def taken_apart(setting: Setting) -> Iterator[Fields]:
                     work()
                 row: Fields = {"shape": shape.name, "path": entry.name, "phase": phase}
                 if setting.device == "cuda":
-                    row |= {"host_s": host_seconds(work), "graph_s": graph_median(work)}
+                    row |= {"host_s": host_seconds(work), **_graph_seconds(work)}
                 yield row
             if entry.name != "sequential":
                 yield from _kernels(shape.name, entry.name, work, setting)
 
 
-def _kernels(shape: str, path: str, work: object, setting: Setting) -> Iterator[Fields]:
+def _graph_seconds(work: Work) -> Fields:
+    try:
+        return {"graph_s": graph_median(work)}
+    except NotCapturableError as error:
+        return {"no_graph": str(error)}
+
+
+def _kernels(shape: str, path: str, work: Work, setting: Setting) -> Iterator[Fields]:
     activity = torch.profiler.ProfilerActivity
     cuda = setting.device == "cuda"
     rounds = 10 if cuda else 1
     with torch.profiler.profile(activities=[activity.CUDA if cuda else activity.CPU]) as profile:
         for _ in range(rounds):
-            work()  # type: ignore[operator]
+            work()
         if cuda:
             torch.cuda.synchronize()
     for event in profile.key_averages() if cuda else []:

@@ -71,8 +71,8 @@ def certify(
     """Judge every path in `paths`, by name.
 
     An exception is a failure of its row, and the rest still runs; a `ValueError` that begins with
-    `--dispatch` is a path's own word that it does not take such a case. `on_rows` is called with the
-    rows of every case or property in every arithmetic once they are known, in any order. With
+    `--dispatch` is a path's own word that it does not take such a case. `on_rows` is called with
+    the rows of every case or property in every arithmetic once they are known, in any order. With
     several `jobs` the cases are shared among as many processes, which make the dispatchers anew
     from their names.
     """

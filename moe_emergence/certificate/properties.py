@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_emergence.certificate.arithmetic import Arithmetic
 from moe_emergence.certificate.cases import Case
 from moe_emergence.certificate.problem import Problem, draw_problem, run_layer
+from moe_emergence.cuda_graph import CudaCapture
 from moe_emergence.moe import Dispatcher, MoELayer, get_dispatcher
 
 
@@ -141,18 +142,13 @@ def _captures(
     layer = _with_path(problem, dispatcher)
     x_TH = problem.x_TH.detach().clone().requires_grad_()
     with arithmetic.active(device):
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                _forward_backward(layer, x_TH, problem.dy_TH)
-        torch.cuda.current_stream(device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            replayed = _forward_backward(layer, x_TH, problem.dy_TH)
+        capture = CudaCapture(device)
+        for _ in range(3):
+            capture.rehearse(lambda: _forward_backward(layer, x_TH, problem.dy_TH))
+        replay = capture.record(lambda: _forward_backward(layer, x_TH, problem.dy_TH))
         with torch.no_grad():
             x_TH.copy_(problem.x_TH.flip(0) * 0.5)
-        graph.replay()
+        replayed = replay()
         eager = _forward_backward(layer, x_TH.detach().clone().requires_grad_(), problem.dy_TH)
         torch.cuda.synchronize(device)
     for name, a, b in zip(

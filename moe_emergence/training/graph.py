@@ -7,13 +7,13 @@ draws from torch's generator, whose seed a replay reads anew.
 """
 
 import logging
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from moe_emergence.config import RunConfig
+from moe_emergence.cuda_graph import CudaCapture, NotCapturableError
 from moe_emergence.errors import RunError
 from moe_emergence.moe import RouterNoise
 from moe_emergence.training.step import StepStatistics
@@ -29,10 +29,6 @@ logger = logging.getLogger(__name__)
 WARM_UP = 3
 """Steps before the capture, in which libraries and kernels set themselves up."""
 Work = Callable[[], Outcome]
-
-
-class NotCapturableError(Exception):
-    """The step does what a CUDA graph cannot hold; the message says what."""
 
 
 class Capture(Protocol):
@@ -138,52 +134,6 @@ class GraphedUpdate:
             raise RunError(f"--cuda-graph on: the step cannot be captured, {reason}; give off")
         logger.warning("no CUDA graph, every kernel is launched on its own: %s", reason)
         self.given_up = True
-
-
-class CudaCapture:
-    """Graphs of `device`, as `torch.cuda.graph` makes them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-
-    def rehearse(self, work: Work) -> tuple[Outcome, str | None]:
-        """On a stream of its own, as a capture is, with torch's word on what waits for the host."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as heard, torch.cuda.stream(self.stream):
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                outcome = work()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        current.wait_stream(self.stream)
-        synchronized = [w for w in heard if "synchronizing CUDA operation" in str(w.message)]
-        if not synchronized:
-            return outcome, None
-        place = f"{synchronized[0].filename}:{synchronized[0].lineno}"
-        return outcome, f"it waits for the device at {place}"
-
-    def record(self, work: Work) -> Work:
-        """A graph of `work`, which is not done yet."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                outcome = work()
-        except RuntimeError as error:
-            torch.cuda.synchronize(self.device)
-            # a capture that fails leaves the generator in it, where it refuses to draw
-            fresh = torch.Generator(self.device).graphsafe_get_state()
-            torch.cuda.default_generators[self.device.index or 0].graphsafe_set_state(fresh)
-            raise NotCapturableError(str(error).partition("\n")[0]) from error
-
-        def replay() -> Outcome:
-            graph.replay()
-            return outcome
-
-        return replay
 
 
 def check_can_capture(config: RunConfig, accelerator: "Accelerator") -> None:
