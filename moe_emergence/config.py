@@ -114,7 +114,7 @@ class DataConfig:
 
     data: str = "hub"
     """Source: "embedded" (text that ships with Python packages), "hub" (Hugging Face), or a folder
-    with one file or sub-folder per domain."""
+    with one file or sub-folder per domain, or with prepared blocks."""
     size_mb: float = 10.0
     """Text to read per domain, in megabytes (10^6 bytes of UTF-8)."""
     block_size: int = 512

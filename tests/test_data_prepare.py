@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from moe_emergence.config import DOMAINS, DataConfig
-from moe_emergence.data import check_same_data, make_step_loader, prepare_data
+from moe_emergence.data import check_same_data, make_step_loader, prepare_data, save_prepared
 from moe_emergence.data.manifest import hash_blocks
+from moe_emergence.data.tokenizer import hash_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 WORDS = {"code": "def return import", "math": "sum of two", "prose": "the sea was"}
@@ -109,6 +111,59 @@ def test_the_same_configuration_gives_the_same_data_and_another_seed_other_data(
         assert torch.equal(again.train_blocks[domain], prepared.train_blocks[domain])
     with pytest.raises(ValueError, match=r"seed was 7 and is now 8"):
         check_same_data(prepared.manifest, prepare_data(config, 8).manifest)
+
+
+def test_prepared_data_come_back_as_they_were(prepared, config, tmp_path) -> None:
+    save_prepared(prepared, tmp_path / "blocks")
+    moved = dataclasses.replace(config, data=str(tmp_path / "blocks"), tokenizer="gpt2", size_mb=1)
+    found = prepare_data(moved, 7)
+    assert found.manifest == json.loads(json.dumps(prepared.manifest))
+    for split in ("train_blocks", "eval_blocks"):
+        for domain in DOMAINS:
+            assert torch.equal(getattr(found, split)[domain], getattr(prepared, split)[domain])
+    assert found.tokenizer.encode("def x") == prepared.tokenizer.encode("def x")
+    assert hash_tokenizer(found.tokenizer) == hash_tokenizer(prepared.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("changes", "seed", "message"),
+    [
+        ({"block_size": 64}, 7, "--block-size 64: the blocks in .* were made with 32"),
+        ({"balance_tokens": False}, 7, "--balance-tokens False: .* were made with True"),
+        ({}, 8, "--split-seed 8: .* were made with 7"),
+        ({"split_seed": 9}, 7, "--split-seed 9: .* were made with 7"),
+    ],
+)
+def test_prepared_data_refuse_other_settings(
+    changes, seed, message, prepared, config, tmp_path
+) -> None:
+    save_prepared(prepared, tmp_path)
+    moved = dataclasses.replace(config, data=str(tmp_path), **changes)
+    with pytest.raises(ValueError, match=message):
+        prepare_data(moved, seed)
+
+
+@pytest.mark.parametrize("damage", ["manifest", "cut", "other blocks", "tokenizer", "no tokenizer"])
+def test_damaged_prepared_data_are_refused(damage, prepared, config, tmp_path) -> None:
+    kept = prepared
+    if damage == "other blocks":
+        other = {d: blocks.flip(0) for d, blocks in prepared.eval_blocks.items()}
+        other["code"] = other["code"] + 1
+        kept = dataclasses.replace(prepared, eval_blocks=other)
+    save_prepared(kept, tmp_path)
+    if damage == "manifest":
+        (tmp_path / "data_manifest.json").write_text("{}")
+    elif damage == "cut":
+        content = (tmp_path / "blocks.safetensors").read_bytes()
+        (tmp_path / "blocks.safetensors").write_bytes(content[:-100])
+    elif damage == "no tokenizer":
+        shutil.rmtree(tmp_path / "tokenizer")
+    elif damage == "tokenizer":
+        text = (tmp_path / "tokenizer" / "tokenizer.json").read_text()
+        (tmp_path / "tokenizer" / "tokenizer.json").write_text(text.replace('"a"', '"ä"'))
+    with pytest.raises(ValueError, match=r"^--(data|tokenizer) [^\n]*$") as refused:
+        prepare_data(dataclasses.replace(config, data=str(tmp_path)), 7)
+    assert str(tmp_path) in str(refused.value)
 
 
 def test_changed_text_is_refused_on_resume(prepared, config, folder, tmp_path) -> None:

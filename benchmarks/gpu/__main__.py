@@ -18,6 +18,7 @@ from benchmarks.gpu.pack import pack, packed_commit
 from benchmarks.gpu.program import Journal, Setting, run_stages
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.stages import STAGES
+from moe_emergence.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,16 @@ def _run(options: argparse.Namespace) -> None:
 
 def _pack(options: argparse.Namespace) -> None:
     try:
-        logger.info("packed %s", pack())
+        data = None
+        if options.data is not None:
+            data = DataConfig(
+                data=options.data, tokenizer=options.tokenizer, size_mb=options.size_mb
+            )
+        logger.info("packed %s", pack(data))
     except subprocess.CalledProcessError as error:
         sys.exit(f"{error.cmd[0]} failed with exit code {error.returncode}, see above")
+    except ValueError as error:
+        sys.exit(str(error))
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -65,8 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES], help="only these")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--tiny", action="store_true", help="toy sizes, which measure nothing")
-    packing = commands.add_parser("pack", help="wheels and commit for a machine without an index")
+    packing = commands.add_parser("pack", help="wheels, blocks of tokens and the commit, to carry")
     packing.set_defaults(command=_pack)
+    packing.add_argument("--data", help="text for the runs: embedded, hub or a folder")
+    packing.add_argument("--tokenizer", default="gpt2", help="gpt2, a folder or train")
+    packing.add_argument("--size-mb", type=float, default=10.0, help="text per domain")
     report = commands.add_parser("report", help="tables and a figure of what was measured")
     report.set_defaults(command=_report)
     report.add_argument("source", type=Path, metavar="JSON", help="what run wrote")

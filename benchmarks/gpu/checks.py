@@ -21,7 +21,7 @@ def tests(setting: Setting) -> Iterator[Fields]:
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "--no-header",
                "-p", "no:cacheprovider", "-p", "no:benchmark", "-n", str(setting.workers),
                "--dist", "worksteal", *files]  # fmt: skip
-    yield _kept(command, "tests.log", setting)
+    yield kept_output(command, "tests.log", setting)
 
 
 def certificate(setting: Setting) -> Iterator[Fields]:
@@ -32,18 +32,19 @@ def certificate(setting: Setting) -> Iterator[Fields]:
         out = str(Path(setting.out) / f"{name}.json")
         command = [sys.executable, "-m", "moe_emergence.verify", "--device", setting.device,
                    "--dtype", dtype, "--json", out]  # fmt: skip
-        yield _kept(command, f"{name}.log", setting)
+        yield kept_output(command, f"{name}.log", setting)
 
 
-def _kept(command: list[str], log: str, setting: Setting) -> Fields:
-    """Run `command` until the deadline with its output in the file `log`; how it ended."""
+def kept_output(command: list[str], log: str, setting: Setting) -> Fields:
+    """Run `command` until the deadline, its output at the end of the file `log`; how it ended."""
     path = Path(setting.out) / log
+    before = path.stat().st_size if path.exists() else 0
     started = time.time()
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path[1:]),
         "PYTHONUNBUFFERED": "1",
     }
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment
         )
@@ -58,7 +59,9 @@ def _kept(command: list[str], log: str, setting: Setting) -> Fields:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(before)
+        lines = file.read().splitlines()
     return {
         "command": " ".join(command[1:])[:200],
         "exit": code,

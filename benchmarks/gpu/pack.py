@@ -1,14 +1,17 @@
 """What the program needs on a machine that reaches no package index, in one folder.
 
-The folder lies in the repository and is ignored by git: `.gpu/wheels`, and `.gpu/commit`, since a
-copy of the working tree need not have its history.
+The folder lies in the repository and is ignored by git: `.gpu/wheels`; `.gpu/data`, blocks of
+tokens to train on; and `.gpu/commit`, since a copy of the working tree need not have its history.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from benchmarks.gpu.program import REPOSITORY
+from moe_emergence.config import DataConfig
+from moe_emergence.data import prepare_data, save_prepared
 
 FOLDER = REPOSITORY / ".gpu"
 WHEELS = (
@@ -25,12 +28,23 @@ WHEELS = (
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 
 
-def pack() -> Path:
+MOST_BYTES = 60 * 2**20
+
+
+def pack(data: DataConfig | None = None, seed: int = 42) -> Path:
     """Fill `.gpu`; what pip says goes to stderr.
+
+    Args:
+        data: what to make blocks of; None leaves those that are there.
+        seed: of the runs that are to train on them.
 
     Raises:
         subprocess.CalledProcessError: when git or pip fails.
+        ValueError: for data that cannot be used, or too much of it.
     """
+    if data is not None:
+        shutil.rmtree(FOLDER / "data", ignore_errors=True)
+        save_prepared(prepare_data(data, seed), FOLDER / "data")
     wheels = FOLDER / "wheels"
     wheels.mkdir(parents=True, exist_ok=True)
     for old in wheels.glob("*.whl"):
@@ -47,7 +61,16 @@ def pack() -> Path:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     (FOLDER / "commit").write_text(head.stdout, encoding="utf-8")
+    size = sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file())
+    if size > MOST_BYTES:
+        raise ValueError(f"{FOLDER}: {size / 2**20:.0f} MiB, more than 60; give a lower --size-mb")
     return FOLDER
+
+
+def packed_data() -> Path | None:
+    """The folder of packed blocks, if any."""
+    path = FOLDER / "data"
+    return path if path.is_dir() else None
 
 
 def packed_commit() -> str | None:

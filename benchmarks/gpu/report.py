@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.program import Fields, read_journal
+from moe_emergence.config import DOMAINS
 
 PATHS = ("fused", "grouped", "sequential", "dense-floor")
 
@@ -29,6 +30,7 @@ def write_report(source: Path, folder: Path) -> Path:
         *_suite("Layers", rows.get("layers", [])),
         *_correctness(rows.get("correctness", [])),
         *_suite("Training", rows.get("training", [])),
+        *_runs([*rows.get("train", []), *rows.get("runs", [])]),
         *_sweep(rows.get("sweep", [])),
     ]
     if _draw(rows.get("taken-apart", []), folder / f"{source.stem}.png", env["device_name"]):
@@ -76,6 +78,23 @@ def _apart(rows: Sequence[Fields]) -> list[str]:
     parts.append("Forward and backward of `fused`, kernel by kernel (profiler, L2 warm):\n")
     parts.append(_table(("shape", "kernel", "calls", "us"), ours))
     return parts
+
+
+def _runs(rows: Sequence[Fields]) -> list[str]:
+    if not rows:
+        return []
+    names = ("eval/lm_loss", *(f"eval/lm_loss_{domain}" for domain in DOMAINS))
+    cells = []
+    for row in rows:
+        if row["run"] == "projection":
+            continue
+        last = row.get("last", {})
+        speed = f"{row['tokens_per_sec']:,.0f}" if "tokens_per_sec" in row else ""
+        ended = row.get("status") or row["exit"]
+        losses = [f"{last[name]:.4f}" if name in last else "" for name in names]
+        cells.append((row["run"], row["steps"], ended, row["seconds"], speed, *losses))
+    head = ("run", "steps", "ended", "seconds", "tokens/s", "lm_loss", *DOMAINS)
+    return ["## Runs of the trainer\n", _table(head, cells)]
 
 
 def _kernels(rows: Sequence[Fields]) -> list[Fields]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from benchmarks.gpu.program import Fields, Setting
-from benchmarks.training_step import SETUPS, measure_training
+from benchmarks.training_step import GRAPHED, SETUPS, measure_training
 
 MODELS = ("dense", "fused", "grouped", "sequential")
 
@@ -16,7 +16,7 @@ def steps(setting: Setting) -> Iterator[Fields]:
     for name in names:
         rows = measure_training(
             SETUPS[name], setting.device, precision, budget_s=0.1 if setting.tiny else 4.0,
-            models=MODELS,
+            models=(*MODELS, *GRAPHED) if setting.device == "cuda" else MODELS,
         )  # fmt: skip
         for row in rows:
             yield {k: v for k, v in asdict(row).items() if v is not None and k != "parameters"}

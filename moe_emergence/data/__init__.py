@@ -2,7 +2,8 @@
 
 from moe_emergence.data.loader import StepBatch, eval_batches, make_step_loader
 from moe_emergence.data.manifest import check_same_data
-from moe_emergence.data.prepare import PreparedData, prepare_data
+from moe_emergence.data.prepare import prepare_data
+from moe_emergence.data.prepared import PreparedData, save_prepared
 from moe_emergence.data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -13,4 +14,5 @@ __all__ = [
     "load_tokenizer",
     "make_step_loader",
     "prepare_data",
+    "save_prepared",
 ]

@@ -1,7 +1,6 @@
 """From a data configuration to blocks of tokens: read, split, tokenise, pack, balance, describe."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +15,7 @@ from moe_emergence.data.packing import (
     pack,
     warn_if_unbalanced,
 )
+from moe_emergence.data.prepared import PreparedData, is_prepared, load_prepared
 from moe_emergence.data.sources import read_sources
 from moe_emergence.data.split import Split, check_no_leakage, split_texts
 from moe_emergence.data.texts import DomainTexts
@@ -23,19 +23,6 @@ from moe_emergence.data.tokenizer import encode_documents, hash_tokenizer, load_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What a run trains and evaluates on, the domains in the order of `DOMAINS`.
-
-    Blocks are (N, block_size) int32 per domain. `manifest` is JSON-ready and describes them.
-    """
-
-    tokenizer: "PreTrainedTokenizerFast"
-    train_blocks: dict[str, torch.Tensor]
-    eval_blocks: dict[str, torch.Tensor]
-    manifest: dict[str, Any]
 
 
 def prepare_data(config: DataConfig, seed: int) -> PreparedData:
@@ -46,6 +33,8 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     Raises `ValueError` naming the flag, file or domain for whatever cannot be read or is too small.
     """
     seed = seed if config.split_seed is None else config.split_seed
+    if is_prepared(config.data):
+        return load_prepared(config, seed)
     # A tokenizer that is not there should not be found out after minutes of reading.
     ready = None if config.tokenizer == "train" else load_tokenizer(config, ())
     sources = read_sources(config, seed)

@@ -1,0 +1,103 @@
+"""Prepared data in a folder: the blocks themselves, to train from without texts or a network.
+
+`blocks.safetensors` has a (N, block_size) tensor per split and domain, uint16 where that holds
+the vocabulary and int32 otherwise; `tokenizer/` is what `save_pretrained` writes, and
+`data_manifest.json` that of a run on this data.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from moe_emergence.config import DOMAINS, DataConfig
+from moe_emergence.data.manifest import hash_blocks
+from moe_emergence.data.tokenizer import folder_tokenizer, hash_tokenizer
+from moe_emergence.hub_access import reason
+from moe_emergence.settings import check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BLOCKS, MANIFEST, TOKENIZER = "blocks.safetensors", "data_manifest.json", "tokenizer"
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """What a run trains and evaluates on, the domains in the order of `DOMAINS`.
+
+    Blocks are (N, block_size) int32 per domain. `manifest` is JSON-ready and describes them.
+    """
+
+    tokenizer: "PreTrainedTokenizerFast"
+    train_blocks: dict[str, torch.Tensor]
+    eval_blocks: dict[str, torch.Tensor]
+    manifest: dict[str, Any]
+
+
+def is_prepared(path: str) -> bool:
+    """Whether `path` is such a folder."""
+    return Path(path, BLOCKS).is_file()
+
+
+def save_prepared(data: PreparedData, folder: Path) -> None:
+    """Write `data` into `folder`, which `--data` then takes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {"train": data.train_blocks, "eval": data.eval_blocks}
+    dtype = torch.uint16 if len(data.tokenizer) <= 2**16 else torch.int32
+    blocks = {f"{s}.{d}": of[d].to(dtype) for s, of in splits.items() for d in DOMAINS}
+    save_file(blocks, folder / BLOCKS)
+    data.tokenizer.save_pretrained(folder / TOKENIZER)
+    text = json.dumps(data.manifest, indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def load_prepared(config: DataConfig, seed: int) -> PreparedData:
+    """The data in the folder `config.data`, with the tokenizer they were made with.
+
+    Raises:
+        ValueError: when a file is missing or is not what the manifest says, and for settings that
+            are not those the blocks were made with.
+    """
+    folder, again = Path(config.data), "prepare the data again"
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        blocks = {k: v.to(torch.int32) for k, v in load_file(folder / BLOCKS).items()}
+        made = {name: manifest[name] for name in ("block_size", "seed", "balance_tokens")}
+        expected = {
+            f"{split}.{domain}": manifest["domains"][domain][split]["sha256"]
+            for split in ("train", "eval")
+            for domain in DOMAINS
+        }
+        tokenizer_hash = manifest["tokenizer"]["sha256"]
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"--data {folder}: damaged ({reason(error)}); {again}") from error
+    for flag, name, value in (
+        ("--block-size", "block_size", config.block_size),
+        ("--split-seed", "seed", seed),
+        ("--balance-tokens", "balance_tokens", config.balance_tokens),
+    ):
+        check(
+            made[name] == value,
+            flag,
+            value,
+            f"the blocks in {folder} were made with {made[name]}; give that, or {again}",
+        )
+    found = {name: hash_blocks(tensor.numpy()) for name, tensor in blocks.items()}
+    check(found == expected, "--data", folder, f"{BLOCKS} is not that of {MANIFEST}; {again}")
+    tokenizer = folder_tokenizer(str(folder / TOKENIZER))
+    check(
+        hash_tokenizer(tokenizer) == tokenizer_hash,
+        "--data",
+        folder,
+        f"the tokenizer is not that of {MANIFEST}; {again}",
+    )
+
+    def of(split: str) -> dict[str, torch.Tensor]:
+        return {domain: blocks[f"{split}.{domain}"] for domain in DOMAINS}
+
+    return PreparedData(tokenizer, of("train"), of("eval"), manifest)
