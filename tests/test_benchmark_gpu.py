@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,8 +93,11 @@ def test_complete_stages_are_kept_for_the_same_commit_only(tmp_path: Path) -> No
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The stages that are no test's or another suite's already."""
     folder: Path = tmp_path_factory.mktemp("gpu")
-    chosen = ["layers", "taken-apart", "correctness"]
-    main(["run", "--out", str(folder), "--tiny", "--device", "cpu", "--stages", *chosen])
+    chosen = ["layers", "taken-apart", "correctness", "train"]
+    here = ["--environment", sys.executable]
+    with pytest.raises(SystemExit) as ended:
+        main(["rehearse", "--out", str(folder), *here, "--stages", *chosen])
+    assert ended.value.code == 0
     return folder / "gpu.json"
 
 
@@ -101,6 +105,8 @@ def test_the_rehearsal_has_every_stage(rehearsed: Path) -> None:
     found = program.read_journal(rehearsed)["stages"]
     assert {s["state"] for s in found.values()} == {"complete"}
     assert {r["verdict"] for r in found["correctness"]["rows"]} == {"passed"}
+    assert [r["status"] for r in found["train"]["rows"]] == ["completed"] * 2
+    assert str(pack.REPOSITORY) not in rehearsed.read_text("utf-8")
 
 
 def test_the_report_shows_every_row_of_the_layers(rehearsed: Path, tmp_path: Path) -> None:

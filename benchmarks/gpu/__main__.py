@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.command import common_environment, device_of, start_logging
 from benchmarks.gpu.pack import pack, packed_commit
 from benchmarks.gpu.program import Journal, Setting, run_stages
+from benchmarks.gpu.rehearsal import install_wheels, make_environment, rehearse
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.stages import STAGES
 from moe_emergence.config import DataConfig
@@ -55,6 +56,17 @@ def _pack(options: argparse.Namespace) -> None:
         sys.exit(str(error))
 
 
+def _rehearse(options: argparse.Namespace) -> None:
+    try:
+        python, site = options.environment, None
+        if python is None:
+            python = make_environment(options.python)
+            site = install_wheels(python)
+        sys.exit(rehearse(python, site, options.out.resolve(), options.stages))
+    except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        sys.exit(f"no rehearsal: {error}")
+
+
 def _report(options: argparse.Namespace) -> None:
     try:
         logger.info("wrote %s", write_report(options.source, options.out))
@@ -73,6 +85,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES], help="only these")
     run.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     run.add_argument("--tiny", action="store_true", help="toy sizes, which measure nothing")
+    rehearsing = commands.add_parser("rehearse", help="run on a CPU in toy sizes")
+    rehearsing.set_defaults(command=_rehearse)
+    rehearsing.add_argument("--out", required=True, type=Path, help="folder for the results")
+    rehearsing.add_argument("--stages", nargs="+", choices=[s.name for s in STAGES])
+    rehearsing.add_argument("--python", default="python3.12", help="makes the environment")
+    rehearsing.add_argument("--environment", help="or the interpreter of one that has all it needs")
     packing = commands.add_parser("pack", help="wheels, blocks of tokens and the commit, to carry")
     packing.set_defaults(command=_pack)
     packing.add_argument("--data", help="text for the runs: embedded, hub or a folder")

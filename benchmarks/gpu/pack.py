@@ -11,7 +11,6 @@ from pathlib import Path
 
 from benchmarks.gpu.program import REPOSITORY
 from moe_emergence.config import DataConfig
-from moe_emergence.data import prepare_data, save_prepared
 
 FOLDER = REPOSITORY / ".gpu"
 WHEELS = (
@@ -43,6 +42,9 @@ def pack(data: DataConfig | None = None, seed: int = 42) -> Path:
         ValueError: for data that cannot be used, or too much of it.
     """
     if data is not None:
+        # where there is a GPU nothing of this is needed, and torchdata may be missing
+        from moe_emergence.data import prepare_data, save_prepared
+
         shutil.rmtree(FOLDER / "data", ignore_errors=True)
         save_prepared(prepare_data(data, seed), FOLDER / "data")
     wheels = FOLDER / "wheels"

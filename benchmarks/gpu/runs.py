@@ -88,7 +88,7 @@ class _Run:
         """Train for `steps`, from the beginning; speed, losses and routing, or how it failed."""
         shutil.rmtree(self.folder.root, ignore_errors=True)
         data, tiny = packed_data(), self.setting.tiny
-        source = EMBEDDED
+        source: tuple[str, ...] = EMBEDDED
         if data is not None and not tiny:
             source = ("--data", str(data.relative_to(REPOSITORY)))
         layers = TINY_LAYERS if tiny and "dense" not in self.flags else ()
