@@ -155,7 +155,12 @@ def _sweep(rows: Sequence[Fields]) -> list[str]:
         ]
     head = ("shape", "product", "configuration", "us", "TFLOP/s", "registers")
     about = "Of every product the default of that commit, then the three fastest; kernels alone.\n"
-    return ["## Configurations\n", about, _table(head, cells)]
+    parts = ["## Configurations\n", about, _table(head, cells)]
+    whole = [(r["shape"], r["plan"], _us(r["seconds"]), r["tflops"]) for r in rows if "plan" in r]
+    if whole:
+        parts.append("Forward and backward of the layer, eager, the plans in turns:\n")
+        parts.append(_table(("shape", "plan", "us", "TFLOP/s"), whole))
+    return parts
 
 
 def _draw(rows: Sequence[Fields], path: Path, device: str) -> bool:

@@ -165,6 +165,7 @@ def product_runs(shape: MLPShape, device: torch.device) -> tuple[dict[Product, R
         "activation_grad": back(x_SH, w2_EFH),
         "input_grad": back(pre_SP, w1_EHP),
         "weight_grad": lambda c: (
-            weight_gradient(x_SH, pre_SP, offsets, c, precision, shape.dtype),
+            # as under autocast, where most training is
+            weight_gradient(x_SH, pre_SP, offsets, c, precision, torch.float32),
         ),
     }, precision
