@@ -156,10 +156,14 @@ def _sweep(rows: Sequence[Fields]) -> list[str]:
     head = ("shape", "product", "configuration", "us", "TFLOP/s", "registers")
     about = "Of every product the default of that commit, then the three fastest; kernels alone.\n"
     parts = ["## Configurations\n", about, _table(head, cells)]
-    whole = [(r["shape"], r["plan"], _us(r["seconds"]), r["tflops"]) for r in rows if "plan" in r]
+    whole = [
+        (r["shape"], r["plan"], r.get("as", "eager"), _us(r["seconds"]), r["tflops"])
+        for r in rows
+        if "plan" in r
+    ]
     if whole:
-        parts.append("Forward and backward of the layer, eager, the plans in turns:\n")
-        parts.append(_table(("shape", "plan", "us", "TFLOP/s"), whole))
+        parts.append("Forward and backward of the layer, the plans in turns:\n")
+        parts.append(_table(("shape", "plan", "as", "us", "TFLOP/s"), whole))
     return parts
 
 
