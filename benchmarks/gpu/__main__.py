@@ -15,7 +15,8 @@ from pathlib import Path
 
 from benchmarks.command import common_environment, device_of, start_logging
 from benchmarks.gpu.pack import pack, packed_commit
-from benchmarks.gpu.program import Journal, Setting, run_stages
+from benchmarks.gpu.predictions import fit, predict
+from benchmarks.gpu.program import Journal, Setting, read_journal, run_stages
 from benchmarks.gpu.rehearsal import install_wheels, make_environment, rehearse
 from benchmarks.gpu.report import write_report
 from benchmarks.gpu.stages import STAGES
@@ -62,15 +63,32 @@ def _rehearse(options: argparse.Namespace) -> None:
         if python is None:
             python = make_environment(options.python)
             site = install_wheels(python)
-        sys.exit(rehearse(python, site, options.out.resolve(), options.stages))
+        code = rehearse(python, site, options.out.resolve(), options.stages)
     except (subprocess.CalledProcessError, FileNotFoundError) as error:
         sys.exit(f"no rehearsal: {error}")
+    if code:
+        sys.exit(code)
+    for name, stage in read_journal(options.out / "gpu.json")["stages"].items():
+        if any(row.get("exit", 0) != 0 for row in stage["rows"]):
+            sys.exit(f"{name}: a command failed, see its log in {options.out}")
 
 
 def _report(options: argparse.Namespace) -> None:
     try:
         logger.info("wrote %s", write_report(options.source, options.out))
     except ValueError as error:
+        sys.exit(str(error))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    try:
+        sys.stdout.write(predict(options.source))
+        if options.fit:
+            fitted = fit(options.source)
+            names = ("cache_bytes_per_s", "tile_s", "start_s")
+            values = ", ".join(f"{name} {getattr(fitted, name):g}" for name in names)
+            sys.stdout.write(f"\nfitted: {values}\n")
+    except (ValueError, KeyError) as error:
         sys.exit(str(error))
 
 
@@ -100,6 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report.set_defaults(command=_report)
     report.add_argument("source", type=Path, metavar="JSON", help="what run wrote")
     report.add_argument("--out", required=True, type=Path, help="folder for the report")
+    predicting = commands.add_parser("predict", help="the time model beside what was measured")
+    predicting.set_defaults(command=_predict)
+    predicting.add_argument("source", type=Path, metavar="JSON", help="what run wrote")
+    predicting.add_argument("--fit", action="store_true", help="also the fitted constants anew")
     options = parser.parse_args(arguments)
     start_logging()
     options.command(options)

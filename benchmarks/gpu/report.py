@@ -40,7 +40,8 @@ def write_report(source: Path, folder: Path) -> Path:
     return path
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"
 
@@ -54,7 +55,7 @@ def _stages(stages: dict[str, Fields]) -> list[str]:
     for name, stage in stages.items():
         lines = (stage.get("error") or "").strip().splitlines()
         rows.append((name, stage["state"], stage["seconds"], lines[-1] if lines else ""))
-    return [_table(("stage", "state", "seconds", "why"), rows)]
+    return [table(("stage", "state", "seconds", "why"), rows)]
 
 
 def _apart(rows: Sequence[Fields]) -> list[str]:
@@ -73,10 +74,10 @@ def _apart(rows: Sequence[Fields]) -> list[str]:
         for r in rows
         if r.get("host_s")
     ]
-    parts.append(_table(("shape", "path", "phase", "device", "host"), cells))
+    parts.append(table(("shape", "path", "phase", "device", "host"), cells))
     ours = [(r["shape"], r["kernel"], r["calls"], r["us"]) for r in _kernels(rows)]
     parts.append("Forward and backward of `fused`, kernel by kernel (profiler, L2 warm):\n")
-    parts.append(_table(("shape", "kernel", "calls", "us"), ours))
+    parts.append(table(("shape", "kernel", "calls", "us"), ours))
     return parts
 
 
@@ -94,7 +95,7 @@ def _runs(rows: Sequence[Fields]) -> list[str]:
         losses = [f"{last[name]:.4f}" if name in last else "" for name in names]
         cells.append((row["run"], row["steps"], ended, row["seconds"], speed, *losses))
     head = ("run", "steps", "ended", "seconds", "tokens/s", "lm_loss", *DOMAINS)
-    return ["## Runs of the trainer\n", _table(head, cells)]
+    return ["## Runs of the trainer\n", table(head, cells)]
 
 
 def _kernels(rows: Sequence[Fields]) -> list[Fields]:
@@ -118,7 +119,7 @@ def _suite(title: str, rows: Sequence[Fields]) -> list[str]:
         for r in rows
     ]
     head = ("group", "phase", "contestant", "verdict", "eager, us", "tokens/s", "peak MB", "note")
-    return [f"## {title}\n", _table(head, cells)]
+    return [f"## {title}\n", table(head, cells)]
 
 
 def _correctness(rows: Sequence[Fields]) -> list[str]:
@@ -135,7 +136,7 @@ def _correctness(rows: Sequence[Fields]) -> list[str]:
         "sequential path, at least half an ulp.\n"
     )
     head = ("shape", "dtype", "path", "verdict", "ratio or reason")
-    return ["## Correctness\n", about, _table(head, cells)]
+    return ["## Correctness\n", about, table(head, cells)]
 
 
 def _sweep(rows: Sequence[Fields]) -> list[str]:
@@ -155,7 +156,7 @@ def _sweep(rows: Sequence[Fields]) -> list[str]:
         ]
     head = ("shape", "product", "configuration", "us", "TFLOP/s", "registers")
     about = "Of every product the default of that commit, then the three fastest; kernels alone.\n"
-    parts = ["## Configurations\n", about, _table(head, cells)]
+    parts = ["## Configurations\n", about, table(head, cells)]
     whole = [
         (r["shape"], r["plan"], r.get("as", "eager"), _us(r["seconds"]), r["tflops"])
         for r in rows
@@ -163,7 +164,7 @@ def _sweep(rows: Sequence[Fields]) -> list[str]:
     ]
     if whole:
         parts.append("Forward and backward of the layer, the plans in turns:\n")
-        parts.append(_table(("shape", "plan", "as", "us", "TFLOP/s"), whole))
+        parts.append(table(("shape", "plan", "as", "us", "TFLOP/s"), whole))
     return parts
 
 

@@ -12,11 +12,12 @@ from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
 SIZE = ("--batch-size", "8", "--grad-accum-steps", "1")
 TINY_SIZE = (
-    "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--block-size", "32", "--batch-size", "2",
-    "--grad-accum-steps", "1", "--size-mb", "0.2", "--vocab-size", "300",
+    "--n-layer", "2", "--n-embd", "16", "--n-head", "2", "--batch-size", "2",
+    "--grad-accum-steps", "1",
 )  # fmt: skip
 TINY_LAYERS = ("--moe-layers", "1", "--num-experts", "4")
 EMBEDDED = ("--data", "embedded", "--tokenizer", "train")
+TINY_EMBEDDED = (*EMBEDDED, "--block-size", "32", "--size-mb", "0.2", "--vocab-size", "300")
 SCRATCH = ("--preset", "dense", "--base", "scratch", "--learning-rate", "6e-4")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "dense": ("--preset", "dense"),
@@ -49,8 +50,6 @@ def equal_steps(setting: Setting) -> Iterator[Fields]:
     base = _Run("base", setting, (*SCRATCH, "--cuda-graph", "auto"))
     probe = base.train(2 if setting.tiny else 40)
     yield probe
-    if "tokens_per_sec" not in probe:
-        return
     left = setting.deadline - time.time()
     seconds = 8 * 512 / probe["tokens_per_sec"]
     base_steps = 3 if setting.tiny else int(BASE_SHARE * left / seconds)
@@ -72,6 +71,14 @@ def equal_steps(setting: Setting) -> Iterator[Fields]:
         yield _Run(name, setting, flags).train(steps)
 
 
+class RunFailed(Exception):
+    """A run ended with another exit code than 0."""
+
+    def __init__(self, name: str, ended: Fields) -> None:
+        said = "\n".join(ended["last_lines"][-8:])
+        super().__init__(f"{name}: exit {ended['exit']} after {ended['seconds']} s\n{said}")
+
+
 class _Run:
     """A run whose folder lies beside the wheels, from where nothing travels back."""
 
@@ -85,11 +92,15 @@ class _Run:
         return str(self.folder.final_model.relative_to(REPOSITORY))
 
     def train(self, steps: int) -> Fields:
-        """Train for `steps`, from the beginning; speed, losses and routing, or how it failed."""
+        """Train for `steps`, from the beginning: speed, losses and routing.
+
+        Raises:
+            RunFailed: with what it said, when it did not end well.
+        """
         shutil.rmtree(self.folder.root, ignore_errors=True)
         data, tiny = packed_data(), self.setting.tiny
-        source: tuple[str, ...] = EMBEDDED
-        if data is not None and not tiny:
+        source: tuple[str, ...] = TINY_EMBEDDED if tiny else EMBEDDED
+        if data is not None:
             source = ("--data", str(data.relative_to(REPOSITORY)))
         layers = TINY_LAYERS if tiny and "dense" not in self.flags else ()
         command = [
@@ -101,11 +112,11 @@ class _Run:
             "--keep-last-k", "1", "--eval-blocks", "64", "--dispatch", "fused", "--track", "none",
         ]  # fmt: skip
         ended = kept_output(command, "runs.log", self.setting)
+        if ended["exit"] != 0:
+            raise RunFailed(self.name, ended)
         return {"run": self.name, "steps": steps, **ended, **self._measured()}
 
     def _measured(self) -> Fields:
-        if not self.folder.summary.exists():
-            return {}
         summary = read_json(self.folder.summary)
         rows = read_metrics(self.folder.metrics)
         rates = sorted(r["perf/tokens_per_sec"] for r in rows if "perf/tokens_per_sec" in r)
