@@ -10,7 +10,9 @@ import torch
 
 from benchmarks.command import BUDGET_S, SIZE
 from benchmarks.results import Record
-from benchmarks.training_step import SETUPS, Bench, Setup, measure_training
+from benchmarks.setups import SETUPS, Setup
+from benchmarks.steps import Bench
+from benchmarks.training_step import measure_training
 
 pytest_plugins = ["benchmarks.fixtures"]
 

@@ -21,8 +21,9 @@ from benchmarks.layer import DeviceLost, measure_layer
 from benchmarks.peers import ENTRIES
 from benchmarks.results import Document, Journal, read_document
 from benchmarks.scaling import measure_scaling
+from benchmarks.setups import SETUPS
 from benchmarks.tables import markdown
-from benchmarks.training_step import SETUPS, measure_training
+from benchmarks.training_step import measure_training
 from benchmarks.workloads import SHAPES, Case, Problem, Routing
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,9 @@ from typing import get_args
 from benchmarks.command import add_common, common_environment, device_of, start_logging
 from benchmarks.layer import timing_fields
 from benchmarks.results import Document, Journal, Row
+from benchmarks.setups import SETUPS, Setup
+from benchmarks.steps import Bench, Change
 from benchmarks.tables import markdown
-from benchmarks.training_step import SETUPS, Bench, Change, Setup
 from benchmarks.workers import Worker, take_turns
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ from benchmarks.grid import tasks
 from benchmarks.peers import ENTRIES
 from benchmarks.projection import project, projection_table
 from benchmarks.results import Row, read_document
+from benchmarks.setups import SETUPS, Setup
 from benchmarks.step_changes import ALL
 from benchmarks.step_changes import main as step_changes
-from benchmarks.training_step import SETUPS, Setup
 from benchmarks.workers import Worker, take_turns
 
 pytestmark = pytest.mark.slow

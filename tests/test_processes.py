@@ -25,7 +25,7 @@ import torch
 touched = []
 for name in ("is_available", "device_count", "_lazy_init"):
     setattr(torch.cuda, name, lambda *_, name=name: touched.append(name))
-modules = ["benchmarks.workers", "benchmarks.training_step", "moe_emergence.certificate.certify"]
+modules = ["benchmarks.workers", "benchmarks.steps", "moe_emergence.certificate.certify"]
 if importlib.util.find_spec("triton"):
     modules.append("emergence_kernels.gpu.compiling")
 for name in modules:

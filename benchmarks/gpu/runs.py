@@ -109,7 +109,8 @@ class _Run:
             "--run-name", self.name, "--output-dir", f"{FOLDER.name}/runs",
             "--cache-dir", f"{FOLDER.name}/cache", "--device", self.setting.device,
             "--max-steps", str(steps), "--eval-every", str(steps), "--save-every", str(steps),
-            "--keep-last-k", "1", "--eval-blocks", "64", "--dispatch", "fused", "--track", "none",
+            "--keep-last-k", "1", "--eval-blocks", "2" if tiny else "64", "--dispatch", "fused",
+            "--track", "none",
         ]  # fmt: skip
         ended = kept_output(command, "runs.log", self.setting)
         if ended["exit"] != 0:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 from benchmarks.gpu.program import Fields, Setting
-from benchmarks.training_step import GRAPHED, SETUPS, measure_training
+from benchmarks.setups import SETUPS
+from benchmarks.training_step import GRAPHED, measure_training
 
 MODELS = ("dense", "fused", "grouped", "sequential")
 
