@@ -7,7 +7,7 @@ import torch
 from conftest import KERNEL_DEVICE
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from numerics import FP64, poisoned_empty, randn
+from numerics import poisoned_empty, randn
 
 import emergence_kernels
 from emergence_kernels import reference
@@ -260,14 +260,3 @@ class TestExpertMLP:
         assert torch.autograd.gradcheck(
             lambda *tensors: emergence_kernels.expert_mlp(*tensors, permutation, activation), inputs
         )
-
-    def test_a_second_derivative_is_refused_not_wrong(self) -> None:
-        permutation = emergence_kernels.sort_by_expert(torch.zeros(2, 1, dtype=torch.long), 1)
-        x = randn(2, 3).requires_grad_()
-        y = emergence_kernels.expert_mlp(
-            x, torch.ones(2, 1, dtype=FP64), randn(1, 3, 4), None, randn(1, 4, 3), None,
-            permutation, "gelu_tanh",
-        )  # fmt: skip
-        (dx,) = torch.autograd.grad(y, x, randn(2, 3, seed=1), create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-            torch.autograd.grad(dx, x, randn(2, 3, seed=2))

@@ -150,14 +150,45 @@ def _backward(ctx: Any, dy_TH: Tensor | None, _: None) -> tuple[Tensor | None, .
     wanted = list(ctx.needs_input_grad[:6])
     gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if dy_TH is not None and any(wanted):
-        x, weights, w1, b1, w2, b2, *routing, pre = ctx.saved_tensors
-        found = iter(
-            _expert_mlp_backward(
-                dy_TH, x, weights, w1, b1, w2, b2, pre, *routing, ctx.activation, ctx.plan, wanted
+        *inputs, perm, inv_perm, token_idx, offsets, pre = ctx.saved_tensors
+        routing = Permutation(perm, inv_perm, token_idx, offsets)
+        if torch.is_grad_enabled():
+            made = _differentiable(tuple(inputs), routing, ctx.activation, dy_TH, wanted)
+        else:
+            made = _expert_mlp_backward(
+                dy_TH, *inputs, pre, *routing, ctx.activation, ctx.plan, wanted
             )
-        )
+        found = iter(made)
         gradients[:6] = [next(found) if is_wanted else None for is_wanted in wanted]
     return tuple(gradients)
+
+
+def _differentiable(
+    inputs: tuple[Any, ...],
+    permutation: Permutation,
+    activation: Activation,
+    dy_TH: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """The wanted gradients as autograd makes them of the plain twin, to be differentiated again."""
+    from emergence_kernels import reference
+
+    # views: one input may depend on another, and these are the partial derivatives
+    inputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
+    x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH = inputs
+    dtype = x_TH.dtype
+    y_TH = reference.expert_mlp(
+        x_TH,
+        weights_TK,
+        w1_EHP.to(dtype),
+        _to(dtype, b1_EP),
+        w2_EFH.to(dtype),
+        _to(dtype, b2_EH),
+        permutation,
+        activation,
+    )
+    leaves = [tensor for tensor, is_wanted in zip(inputs, wanted, strict=True) if is_wanted]
+    return torch.autograd.grad(y_TH, leaves, dy_TH, create_graph=True)
 
 
 _ROUTING = "Tensor perm, Tensor inv_perm, Tensor token_idx, Tensor expert_offsets"
@@ -202,7 +233,8 @@ def expert_mlp(
     Under autocast everything but the routing weights is computed in the autocast dtype, unless the
     tokens are fp64, as autocast does for a matrix product. The weights are kept for backward as
     they are, and their gradients are in their dtype: on a GPU fp32 sums, never rounded to less.
-    Differentiable once in every floating input.
+    Differentiable in every floating input, any number of times; from the second on by the plain
+    twin in `reference.py`.
 
     Raises:
         ValueError: for tokens and weights of different dtypes without autocast.

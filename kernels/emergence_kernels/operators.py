@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _LIBRARY = torch.library.Library("emergence", "FRAGMENT")
 
@@ -39,7 +38,8 @@ def define(
         implementation: computes the results on any device; must not return its arguments.
         fake: gives results of the right shape, dtype and device without computing.
         gradient: `backward` and `setup_context` as of `torch.autograd.Function`; the latter saves
-            what the former needs. Differentiating the gradient again is an error.
+            what the former needs. With gradients enabled, as `create_graph` does, `backward` has to
+            compute by what autograd knows, since the gradient is to be differentiated again.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
@@ -47,7 +47,7 @@ def define(
     torch.library.register_fake(f"emergence::{name}", fake, lib=_LIBRARY)
     direct = implementation
     if gradient is not None:
-        backward, setup_context = once_differentiable(gradient[0]), gradient[1]
+        backward, setup_context = gradient
         torch.library.register_autograd(
             f"emergence::{name}", backward, setup_context=setup_context, lib=_LIBRARY
         )

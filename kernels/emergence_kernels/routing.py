@@ -3,6 +3,7 @@
 Letters: T tokens, E experts, K experts per token.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -103,10 +104,28 @@ def _gradient(
 ) -> Tensor:
     """Gradient of the logits; `noisy_TE` is empty when there was no noise."""
     gradients = (dprobs_TE, dnoisy_TE, dweights_TK, dlogsumexp_T, dprob_sums_E, dz_sum)
+    results = (probs_TE, noisy_TE, experts_TK, weights_TK, logsumexp_T)
     if _on_kernels(probs_TE):
         from emergence_kernels.gpu.routing_gradient import route_backward
 
-        return route_backward(probs_TE, noisy_TE, experts_TK, weights_TK, logsumexp_T, *gradients)
+        return route_backward(*results, *gradients)
+    return _plain_gradient(*results, *gradients)
+
+
+def _plain_gradient(
+    probs_TE: Tensor,
+    noisy_TE: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    logsumexp_T: Tensor,
+    dprobs_TE: Tensor | None,
+    dnoisy_TE: Tensor | None,
+    dweights_TK: Tensor | None,
+    dlogsumexp_T: Tensor | None,
+    dprob_sums_E: Tensor | None,
+    dz_sum: Tensor | None,
+) -> Tensor:
+    """`_gradient` in plain PyTorch, which autograd can differentiate again."""
     has_noise = noisy_TE.shape[0] == probs_TE.shape[0]
     chosen_from_TE = noisy_TE if has_noise else probs_TE
     dlogits_TE = torch.zeros_like(probs_TE)
@@ -148,7 +167,10 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     wanted = (dprobs, dnoisy, dweights, dlogsumexp, dprob_sums, dz_sum)
     if all(gradient is None for gradient in wanted):
         return None, None, None, None
-    return _route_backward(*ctx.saved_tensors, *wanted), None, None, None
+    compute: Callable[..., Tensor] = _route_backward
+    if torch.is_grad_enabled():  # the gradient is to be differentiated again
+        compute = _plain_gradient
+    return compute(*ctx.saved_tensors, *wanted), None, None, None
 
 
 _route = define(

@@ -61,7 +61,9 @@ class MoEGPT2Block(GradientCheckpointingLayer):
         self.attn = GPT2Attention(config, layer_idx=layer_idx)
         self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
         self.mlp: GPT2MLP | MoELayer
-        if layer_idx in config.moe_layers:
+        # what wraps a layer later is no instance of its class
+        self.is_moe = layer_idx in config.moe_layers
+        if self.is_moe:
             self.mlp = MoELayer(
                 width,
                 inner,
@@ -93,7 +95,7 @@ class MoEGPT2Block(GradientCheckpointingLayer):
             position_ids=position_ids,
         )
         hidden_states = hidden_states + attended
-        if not isinstance(self.mlp, MoELayer):
+        if not self.is_moe:
             return hidden_states + self.mlp(self.ln_2(hidden_states)), None
         noise = router_noise and dataclasses.replace(router_noise, layer=self.layer_idx)
         mixed, decision = self.mlp(self.ln_2(hidden_states), noise, token_ids)
@@ -127,9 +129,13 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
                     init.zeros_(bias)
 
     def moe_layers(self) -> dict[int, MoELayer]:
-        """The mixture layers by their index in the model."""
-        blocks = (m for m in self.modules() if isinstance(m, MoEGPT2Block))
-        return {b.layer_idx: b.mlp for b in blocks if isinstance(b.mlp, MoELayer)}
+        """The mixture layers by their index in the model, out of whatever wraps them."""
+        found = {}
+        for block in self.modules():
+            if isinstance(block, MoEGPT2Block) and block.is_moe:
+                inner = (m for m in block.mlp.modules() if isinstance(m, MoELayer))
+                found[block.layer_idx] = next(inner)
+        return found
 
     def activation_checkpointing_enable(  # type: ignore[override]  # it grows parameters
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
@@ -149,8 +155,9 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
 
     def set_dispatch(self, name: str, table: TuningTable | None = None) -> None:
         """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
-        for layer in self.moe_layers().values():
-            layer.dispatcher = get_dispatcher(name, table)
+        for layer in self.modules():
+            if isinstance(layer, MoELayer):
+                layer.dispatcher = get_dispatcher(name, table)
 
 
 class MoEGPT2Model(MoEGPT2PreTrainedModel):

@@ -1,16 +1,23 @@
-"""The experts' weights: stacked, (E, in, out), and nothing else.
+"""The experts: weights stacked, (E, in, out), and a path through them.
 
-Letters: E experts, H model width, F expert width, P pre-activation width (F, or 2F for SwiGLU).
+Letters: T tokens, E experts, H model width, F expert width, P pre-activation width (F, or 2F for
+SwiGLU).
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from emergence_kernels.activations import Activation, pre_activation_width
 
+if TYPE_CHECKING:
+    from moe_emergence.moe.dispatch import Dispatcher
+    from moe_emergence.moe.routing import RouterDecision
+
 
 class Experts(nn.Module):
-    """Parameters of E two-layer MLPs of the same shape.
+    """E two-layer MLPs of the same shape.
 
     "gelu_tanh" experts are GPT-2's MLP: w1 (E, H, F), b1 (E, F), w2 (E, F, H), b2 (E, H).
     "swiglu" experts have no biases and w1 (E, H, 2F): the gate's columns, then the up projection's.
@@ -40,6 +47,14 @@ class Experts(nn.Module):
             self.register_parameter("b1", None)
             self.register_parameter("b2", None)
         self.reset_parameters()
+
+    def forward(self, x_TH: Tensor, decision: "RouterDecision", dispatcher: "Dispatcher") -> Tensor:
+        """Weighted sum (T, H) of every token's experts, by the path `dispatcher`.
+
+        The weights are read in here, and nowhere else in a pass: what acts on a module's call
+        (offloading, adapters, sharding, pruning, hooks) acts on them.
+        """
+        return dispatcher(x_TH, decision, self)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """GPT-2's initialisation: normal weights with standard deviation `std`, zero biases."""

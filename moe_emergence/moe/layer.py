@@ -76,5 +76,5 @@ class MoELayer(nn.Module):
         x_TH = x.reshape(-1, x.shape[-1])
         token_ids_T = None if token_ids is None else token_ids.reshape(-1)
         decision = self.router(x_TH, noise, token_ids_T)
-        y_TH = self.dispatcher(x_TH, decision, self.experts)
+        y_TH = self.experts(x_TH, decision, self.dispatcher)
         return y_TH.view(x.shape), decision

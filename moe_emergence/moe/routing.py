@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._pytree import register_dataclass
 
 from emergence_kernels import route
 from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash32
@@ -66,6 +67,11 @@ class RouterDecision:
         """Scalar: entropy of the clean probabilities in nats, averaged over tokens."""
         entropy_T = torch.special.entr(self.router_probs.detach()).sum(dim=-1)
         return entropy_T.sum() / max(entropy_T.numel(), 1)
+
+
+# what PyTorch's tools take a model's output apart by
+for _part in (RouterSums, RouterDecision):
+    register_dataclass(_part)
 
 
 class TopKRouter(nn.Module):

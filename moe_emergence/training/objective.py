@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from moe_emergence.models.loading import LanguageModel
@@ -90,15 +90,22 @@ class _HeadLoss(torch.autograd.Function):
                 gradient = log_probs.exp_()
                 gradient.scatter_add_(1, picked, gradient.new_full(picked.shape, -1.0))
                 logits.copy_(gradient)
-        ctx.save_for_backward(hidden_NH, head_VH, logits_NV)
+        ctx.save_for_backward(hidden_NH, head_VH, targets_N, logits_NV)
         return losses_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dlosses_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden_NH, head_VH, gradient_NV = ctx.saved_tensors
-        scale_N1 = dlosses_N.to(hidden_NH.dtype).unsqueeze(1)
+        hidden_NH, head_VH, targets_N, gradient_NV = ctx.saved_tensors
         want_hidden, want_head, _ = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # the gradient is to be differentiated again
+            # views: with a tied head the hidden states depend on it, and these are partial
+            hidden_NH, head_VH = hidden_NH.view_as(hidden_NH), head_VH.view_as(head_VH)
+            logits_NV = (hidden_NH @ head_VH.t()).to(dlosses_N.dtype)
+            losses_N = functional.cross_entropy(logits_NV, targets_N, reduction="none")
+            leaves = [t for t, want in ((hidden_NH, want_hidden), (head_VH, want_head)) if want]
+            found = iter(torch.autograd.grad(losses_N, leaves, dlosses_N, create_graph=True))
+            return next(found) if want_hidden else None, next(found) if want_head else None, None
+        scale_N1 = dlosses_N.to(hidden_NH.dtype).unsqueeze(1)
         dhidden = (gradient_NV @ head_VH) * scale_N1 if want_hidden else None
         dhead = gradient_NV.t() @ (hidden_NH * scale_N1) if want_head else None
         return dhidden, dhead, None
