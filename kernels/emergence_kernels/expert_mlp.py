@@ -17,15 +17,15 @@ the path by device and dtype and are opaque to `torch.compile`.
 """
 
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from emergence_kernels import expert_mlp_loop
-from emergence_kernels.activations import Activation
+from emergence_kernels.activations import Activation, pre_activation_width
 from emergence_kernels.gpu.gemm_config import GemmPlan
-from emergence_kernels.operators import define, triton_is_installed
+from emergence_kernels.operators import define, require, sizes_of, triton_is_installed
 from emergence_kernels.permutation import Permutation
 
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -191,6 +191,70 @@ def _differentiable(
     return torch.autograd.grad(y_TH, leaves, dy_TH, create_graph=True)
 
 
+def _check(
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    w1_EHP: Tensor,
+    b1_EP: Tensor | None,
+    w2_EFH: Tensor,
+    b2_EH: Tensor | None,
+    perm: Tensor,
+    inv_perm: Tensor,
+    token_idx: Tensor,
+    expert_offsets: Tensor,
+    activation: str,
+    plan: str,
+    *more: tuple[str, str, Tensor],
+    name: str = "expert_mlp",
+) -> None:
+    sizes = sizes_of(
+        name,
+        ("x", "TH", x_TH),
+        ("weights", "TK", weights_TK),
+        ("w1", "EHP", w1_EHP),
+        ("b1", "EP", b1_EP),
+        ("w2", "EFH", w2_EFH),
+        ("b2", "EH", b2_EH),
+        ("perm", "S", perm),
+        ("inv_perm", "S", inv_perm),
+        ("token_idx", "S", token_idx),
+        ("expert_offsets", "O", expert_offsets),
+        *more,
+    )
+    known = activation in get_args(Activation)
+    require(known, name, f"activation is {activation!r}, not of {get_args(Activation)}")
+    width = pre_activation_width(cast(Activation, activation), sizes["F"])
+    require(sizes["P"] == width, name, f"w1 is {sizes['P']} wide, w2 takes {width} of {activation}")
+    fits = sizes["S"] == sizes["T"] * sizes["K"] and sizes["O"] == sizes["E"] + 1
+    require(fits, name, "the permutation is not one of weights' tokens and w1's experts")
+    kept = w1_EHP.dtype
+    same = all(p is None or p.dtype == kept for p in (b1_EP, w2_EFH, b2_EH))
+    require(same, name, f"w1 is {kept}, and b1, w2 and b2 are not all")
+    integers = all(
+        t.dtype == torch.int64 and t.is_contiguous() for t in (perm, inv_perm, token_idx)
+    )
+    integers = integers and expert_offsets.dtype == torch.int32 and expert_offsets.is_contiguous()
+    require(integers, name, "the permutation is not as sort_by_expert makes it")
+
+
+def _check_gradients(
+    dy_TH: Tensor,
+    x_TH: Tensor,
+    weights_TK: Tensor,
+    w1_EHP: Tensor,
+    b1_EP: Tensor | None,
+    w2_EFH: Tensor,
+    b2_EH: Tensor | None,
+    pre_SP: Tensor,
+    *others: Any,
+) -> None:
+    *routing, activation, plan, wanted = others
+    inputs = x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH
+    name, more = "expert_mlp_backward", (("dy", "TH", dy_TH), ("pre", "SP", pre_SP))
+    _check(*inputs, *routing, activation, plan, *more, name=name)
+    require(len(wanted) == 6, name, f"wanted has {len(wanted)} flags, not 6")
+
+
 _ROUTING = "Tensor perm, Tensor inv_perm, Tensor token_idx, Tensor expert_offsets"
 _WEIGHTS = "Tensor w1, Tensor? b1, Tensor w2, Tensor? b2"
 _expert_mlp = define(
@@ -198,6 +262,7 @@ _expert_mlp = define(
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
+    _check,
     (_backward, _setup_context),
 )
 _expert_mlp_backward = define(
@@ -205,6 +270,7 @@ _expert_mlp_backward = define(
     " str activation, str plan, bool[] wanted) -> Tensor[]",
     _gradients,
     _fake_gradients,
+    _check_gradients,
 )
 
 

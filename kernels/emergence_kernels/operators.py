@@ -25,10 +25,46 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def sizes_of(name: str, *operands: tuple[str, str, Tensor | None]) -> dict[str, int]:
+    """Sizes by letter of operands given as (name, letters of its shape, tensor or None).
+
+    Raises:
+        ValueError: for operands of `emergence::name` on two devices, or whose shapes do not fit.
+    """
+    sizes: dict[str, int] = {}
+    first = device = None
+    for label, letters, tensor in operands:
+        if tensor is None:
+            continue
+        if device is None:
+            first, device = label, tensor.device
+        elif tensor.device != device:
+            raise ValueError(
+                f"emergence::{name}: {label} is on {tensor.device}, {first} on {device}; move them "
+                "to one device"
+            )
+        shape = tensor.shape
+        fits = len(shape) == len(letters)
+        for letter, size in zip(letters, shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size
+        if not fits:
+            known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k in letters)
+            wanted = f"({', '.join(letters)})" + (f" with {known}" if known else "")
+            raise ValueError(f"emergence::{name}: {label} is {tuple(shape)}, not {wanted}")
+    return sizes
+
+
+def require(condition: bool, name: str, what: str) -> None:
+    """Raise the `ValueError` of an operand of `emergence::name` that cannot be used."""
+    if not condition:
+        raise ValueError(f"emergence::{name}: {what}")
+
+
 def define(
     schema: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
+    check: Callable[..., None],
     gradient: tuple[Backward, SetupContext] | None = None,
 ) -> Callable[..., Any]:
     """Register `emergence::<schema>` and return a callable that takes the shortest way to it.
@@ -36,13 +72,16 @@ def define(
     Args:
         schema: name, arguments and results in torch's schema language.
         implementation: computes the results on any device; must not return its arguments.
-        fake: gives results of the right shape, dtype and device without computing.
+        fake: gives results of the right shape, dtype and device without computing; reached only
+            by operands none of which has memory.
+        check: raises `ValueError` for operands that cannot be used, before either.
         gradient: `backward` and `setup_context` as of `torch.autograd.Function`; the latter saves
             what the former needs. With gradients enabled, as `create_graph` does, `backward` has to
             compute by what autograd knows, since the gradient is to be differentiated again.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
+    implementation, fake = _checked(implementation, check), _checked(fake, check)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"emergence::{name}", fake, lib=_LIBRARY)
     direct = implementation
@@ -60,6 +99,14 @@ def define(
         return direct(*arguments)
 
     return operator
+
+
+def _checked(compute: Callable[..., Any], check: Callable[..., None]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        check(*arguments)
+        return compute(*arguments)
+
+    return run
 
 
 def _function(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emergence_kernels.operators import define, triton_is_installed
+from emergence_kernels.operators import define, require, sizes_of, triton_is_installed
 
 
 class Permutation(NamedTuple):
@@ -44,10 +44,19 @@ def _fake_sort(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     return new(rows), new(rows), new(rows), new(num_experts + 1, dtype=torch.int32)
 
 
+def _check_sort(topk_experts_TK: Tensor, num_experts: int) -> None:
+    name = "sort_by_expert"
+    sizes_of(name, ("topk_experts", "TK", topk_experts_TK))
+    is_int = topk_experts_TK.dtype == torch.int64
+    require(is_int, name, f"topk_experts is {topk_experts_TK.dtype}, not int64")
+    require(num_experts >= 1, name, f"num_experts is {num_experts}, not at least 1")
+
+
 _sort_by_expert = define(
     "sort_by_expert(Tensor topk_experts, int num_experts) -> (Tensor, Tensor, Tensor, Tensor)",
     _sort,
     _fake_sort,
+    _check_sort,
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emergence_kernels.operators import define, triton_is_installed
+from emergence_kernels.operators import define, require, sizes_of, triton_is_installed
 
 
 class Routing(NamedTuple):
@@ -173,11 +173,57 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     return compute(*ctx.saved_tensors, *wanted), None, None, None
 
 
+def _check(
+    logits_TE: Tensor, top_k: int, noise_TE: Tensor | None, expert_bias_E: Tensor | None
+) -> None:
+    sizes = sizes_of(
+        "route",
+        ("logits", "TE", logits_TE),
+        ("noise", "TE", noise_TE),
+        ("expert_bias", "E", expert_bias_E),
+    )
+    dtype = logits_TE.dtype
+    wide = dtype in (torch.float32, torch.float64)
+    require(wide, "route", f"logits are {dtype}, not float32 or float64")
+    fits = 1 <= top_k <= sizes["E"]
+    require(fits, "route", f"top_k is {top_k}, not from 1 to the {sizes['E']} experts")
+
+
+def _check_gradient(
+    probs_TE: Tensor,
+    noisy_TE: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    logsumexp_T: Tensor,
+    dprobs_TE: Tensor | None,
+    dnoisy_TE: Tensor | None,
+    dweights_TK: Tensor | None,
+    dlogsumexp_T: Tensor | None,
+    dprob_sums_E: Tensor | None,
+    dz_sum: Tensor | None,
+) -> None:
+    sizes_of(
+        "route_backward",
+        ("probs", "TE", probs_TE),
+        ("noisy", "NE", noisy_TE),
+        ("experts", "TK", experts_TK),
+        ("weights", "TK", weights_TK),
+        ("logsumexp", "T", logsumexp_T),
+        ("dprobs", "TE", dprobs_TE),
+        ("dnoisy", "NE", dnoisy_TE),
+        ("dweights", "TK", dweights_TK),
+        ("dlogsumexp", "T", dlogsumexp_T),
+        ("dprob_sums", "E", dprob_sums_E),
+        ("dz_sum", "", dz_sum),
+    )
+
+
 _route = define(
     "route(Tensor logits, int top_k, Tensor? noise, Tensor? expert_bias)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
+    _check,
     (_backward, _setup_context),
 )
 _route_backward = define(
@@ -186,6 +232,7 @@ _route_backward = define(
     " Tensor? dz_sum) -> Tensor",
     _gradient,
     lambda probs_TE, *_: torch.empty_like(probs_TE),
+    _check_gradient,
 )
 
 
