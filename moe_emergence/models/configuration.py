@@ -20,6 +20,7 @@ class MoEGPT2Config(GPT2Config):
         router: "learned", "frozen" or "hash", see `moe_emergence.moe.routing`.
         top1_weight: "straight-through" or "probability", see `moe_emergence.moe.routing`.
         use_expert_bias: routers carry a selection-only bias.
+        expert_bias_rate: how far it moves at every training pass, see `TopKRouter`.
         lb_coef, z_coef: weights of the balance and z losses in the output's `loss`.
 
     The dispatcher is no part of it: it changes how fast the model runs, not what it computes.
@@ -40,6 +41,7 @@ class MoEGPT2Config(GPT2Config):
     router: RouterKind = "learned"
     top1_weight: Top1Weight = "straight-through"
     use_expert_bias: bool = False
+    expert_bias_rate: float = 0.001
     lb_coef: float = 0.01
     z_coef: float = 0.001
 

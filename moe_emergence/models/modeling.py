@@ -72,6 +72,7 @@ class MoEGPT2Block(GradientCheckpointingLayer):
                 router=config.router,
                 top1_weight=config.top1_weight,
                 use_expert_bias=config.use_expert_bias,
+                expert_bias_rate=config.expert_bias_rate,
                 layer=layer_idx,
             )
             self.dropout = nn.Dropout(config.resid_pdrop)
@@ -108,6 +109,7 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
     config_class = MoEGPT2Config
     config: MoEGPT2Config
     _no_split_modules = ["MoEGPT2Block"]  # noqa: RUF012 - transformers reads plain class attributes
+    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": OutputRecorder(MoEGPT2Block, index=0),
         "attentions": OutputRecorder(GPT2Attention, index=1),
@@ -242,8 +244,8 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
     """GPT-2 with mixture-of-experts layers and a language-model head tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    # the auxiliary losses are means over tokens: the stock Trainer must average micro-batches
-    accepts_loss_kwargs = False
+    # `num_items_in_batch`, which the stock Trainer gives
+    accepts_loss_kwargs = True
 
     def __init__(self, config: MoEGPT2Config) -> None:
         super().__init__(config)
@@ -264,13 +266,18 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         router_noise: RouterNoise | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: object,
     ) -> MoECausalLMOutput:
         """Logits (B, L, V), decisions, and with `labels` (B, L) the losses.
 
         Labels are shifted inside; -100 is ignored. Tokens that `attention_mask` (B, L) masks do
-        not count in the auxiliary losses. `router_noise` acts in training only. `kwargs` go to
-        `MoEGPT2Model.forward`, which refuses those it does not know.
+        not count in the auxiliary losses, nor those that no query of a (B, 1, Q, past + L) mask
+        sees. `router_noise` acts in training only. With `num_items_in_batch`, the labels of all
+        micro-batches that are accumulated, `lm_loss` is the sum over these labels divided by it,
+        and `loss` takes the auxiliary losses by the share of the labels that are here, so that both
+        add up to the means over the whole batch. `kwargs` go to `MoEGPT2Model.forward`, which
+        refuses those it does not know.
         """
         outputs = self.transformer(
             input_ids,
@@ -287,11 +294,19 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         logits = self.lm_head(hidden_states[:, kept])
         loss, lm_loss, lb_loss, z_loss = None, None, None, None
         if labels is not None:
-            lm_loss = loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+            lm_loss = loss = self.loss_function(
+                logits,
+                labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
             if outputs.router_decisions:
                 mask_T = _token_mask(attention_mask, hidden_states.shape[1])
                 lb_loss, z_loss = auxiliary_losses(outputs.router_decisions, mask_T)
-                loss = lm_loss + self.config.lb_coef * lb_loss + self.config.z_coef * z_loss
+                auxiliary = self.config.lb_coef * lb_loss + self.config.z_coef * z_loss
+                if num_items_in_batch is not None:
+                    auxiliary = auxiliary * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+                loss = lm_loss + auxiliary
         return MoECausalLMOutput(
             loss=loss,
             logits=logits,
@@ -306,7 +321,11 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
 
 
 def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """(B*L,) which of the last `length` tokens count, from a (B, past + L) attention mask."""
-    if attention_mask is None or attention_mask.ndim != 2:
+    """(B*L,) which of the last `length` tokens count, from an attention mask over all keys."""
+    if attention_mask is None:
         return None
+    if attention_mask.ndim == 4:
+        # true, or 0 where masks are added to the scores
+        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+        attention_mask = seen.any(dim=2).any(dim=1)
     return attention_mask[:, -length:].reshape(-1)

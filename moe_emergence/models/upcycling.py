@@ -28,6 +28,7 @@ def upcycle(
     router: RouterKind = "learned",
     top1_weight: Top1Weight = "straight-through",
     use_expert_bias: bool = False,
+    expert_bias_rate: float = 0.001,
     dispatch: str = "auto",
     lb_coef: float = 0.01,
     z_coef: float = 0.001,
@@ -37,7 +38,7 @@ def upcycle(
     Every expert is a copy of its layer's MLP plus Gaussian noise of `noise` times the standard
     deviation of each parameter; everything else is copied exactly. With noise 0 the logits equal
     the dense model's, unless a top-1 expert is weighted by its probability. The dense model is not
-    changed.
+    changed. Frozen parameters stay frozen in every copy, and activation checkpointing stays on.
 
     Args:
         dense_model: GPT-2 with its tanh GELU.
@@ -45,7 +46,7 @@ def upcycle(
         num_experts, top_k: E experts, of which K see each token.
         noise: relative standard deviation of the noise that breaks the experts' symmetry.
         seed: of that noise and of the router's weights.
-        router, top1_weight, use_expert_bias, dispatch: see `MoELayer`.
+        router, top1_weight, use_expert_bias, expert_bias_rate, dispatch: see `MoELayer`.
         lb_coef, z_coef: weights of the auxiliary losses in the output's `loss`.
 
     Raises:
@@ -71,6 +72,7 @@ def upcycle(
         router=router,
         top1_weight=top1_weight,
         use_expert_bias=use_expert_bias,
+        expert_bias_rate=expert_bias_rate,
         lb_coef=lb_coef,
         z_coef=z_coef,
     )
@@ -79,11 +81,14 @@ def upcycle(
     model.generation_config = copy.deepcopy(dense_model.generation_config)
     state = dense_model.state_dict()
     missing, unexpected = model.load_state_dict(state, strict=False)
+    converted = {f"transformer.h.{i}.mlp.{n}" for i in layers for n in _DENSE_NAMES.values()}
+    _check_parameters(converted, set(state), set(missing), set(unexpected))
     generator = torch.Generator().manual_seed(seed)
     for index, layer in model.moe_layers().items():
         _copy_mlp(layer, state, f"transformer.h.{index}.mlp.", noise, generator)
-    stray = [k for k in missing if ".mlp." not in k] + [k for k in unexpected if ".mlp." not in k]
-    assert not stray, f"parameters without a counterpart: {stray}"
+    _freeze_alike(model, dense_model)
+    if dense_model.transformer.gradient_checkpointing:
+        model.activation_checkpointing_enable()
     model.set_dispatch(dispatch)
     return model.train(dense_model.training)
 
@@ -95,6 +100,29 @@ _DENSE_NAMES = {
     "w2": "c_proj.weight",
     "b2": "c_proj.bias",
 }
+
+
+def _check_parameters(
+    converted: set[str], state: set[str], missing: set[str], unexpected: set[str]
+) -> None:
+    """Refuse a model with other parameters than GPT-2's: adapters, or a bias of the head."""
+    new = (".mlp.experts.", ".mlp.router.")
+    lacking = {k for k in missing if not any(part in k for part in new)}
+    stray = sorted((unexpected - converted) | lacking | (converted - state))
+    if stray:
+        more = f" and {len(stray) - 3} more" if len(stray) > 3 else ""
+        raise ValueError(
+            f"--base: upcycling takes GPT-2's own parameters; {', '.join(stray[:3])}{more} are "
+            "missing or not among them; merge adapters (merge_and_unload), take off what was added"
+        )
+
+
+def _freeze_alike(model: MoEGPT2LMHeadModel, dense_model: GPT2LMHeadModel) -> None:
+    """What the dense model does not train, the mixture does not either."""
+    frozen = {name for name, p in dense_model.named_parameters() if not p.requires_grad}
+    for name, parameter in model.named_parameters():
+        prefix, _, own = name.rpartition("experts.")
+        parameter.requires_grad_((prefix + _DENSE_NAMES[own] if prefix else name) not in frozen)
 
 
 def _copy_mlp(

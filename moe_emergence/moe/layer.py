@@ -28,7 +28,8 @@ class MoELayer(nn.Module):
         activation: "gelu_tanh" (GPT-2, with biases) or "swiglu" (without).
         router: "learned", or the null models "frozen" and "hash".
         top1_weight: weight of a top-1 expert's output, see `TopKRouter`.
-        use_expert_bias: give the router a selection-only bias for loss-free balancing.
+        use_expert_bias, expert_bias_rate: give the router a selection-only bias for loss-free
+            balancing, and how far it moves by itself at every training pass.
         dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
             any time and is not part of the state dict.
         layer: index in the model, so that the null models differ between layers.
@@ -45,6 +46,7 @@ class MoELayer(nn.Module):
         router: RouterKind = "learned",
         top1_weight: Top1Weight = "straight-through",
         use_expert_bias: bool = False,
+        expert_bias_rate: float = 0.0,
         dispatch: str = "auto",
         layer: int = 0,
     ) -> None:
@@ -61,6 +63,7 @@ class MoELayer(nn.Module):
                 top_k,
                 frozen=router == "frozen",
                 use_expert_bias=use_expert_bias,
+                expert_bias_rate=expert_bias_rate,
                 top1_weight=top1_weight,
             )
         self.experts = Experts(num_experts, hidden_size, expert_size, activation)

@@ -47,6 +47,8 @@ def gaussian_noise(
     key: int | Tensor = 0x9E3779B9
     for part in (noise.seed, noise.step, noise.layer):
         key = hash32(key ^ (part & _MASK))
+        if isinstance(part, int) and part >> 32:
+            key = hash32(key ^ (part >> 32 & _MASK))
     run = noise.run or max(num_tokens, 1)
     starts = noise.first_token + torch.arange(-(-num_tokens // run), device=device) * noise.stride
     places = starts.unsqueeze(1) + torch.arange(run, device=device)

@@ -3,8 +3,9 @@
 Letters: T tokens, H model width, E experts, K experts per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +83,9 @@ class TopKRouter(nn.Module):
     probability, or with `top1_weight` "probability" by that probability (Switch Transformer,
     arXiv 2101.03961, equation 2). With `frozen` the weight is never trained and nothing flows back
     through the router: the null model of a learned one. `expert_bias` moves the selection only,
-    never the weights (loss-free balancing, arXiv 2408.15664).
+    never the weights (loss-free balancing, arXiv 2408.15664). With an `expert_bias_rate` the router
+    moves it itself: at every training pass, by the assignments of the one before, over all
+    processes. A trainer that counts whole steps sets the rate to 0 and calls `update_expert_bias`.
 
     Raises:
         ValueError: if top_k is not in [1, num_experts].
@@ -99,6 +102,7 @@ class TopKRouter(nn.Module):
         *,
         frozen: bool = False,
         use_expert_bias: bool = False,
+        expert_bias_rate: float = 0.0,
         top1_weight: Top1Weight = "straight-through",
     ) -> None:
         super().__init__()
@@ -112,7 +116,11 @@ class TopKRouter(nn.Module):
             self.register_buffer("weight", weight_EH)
         else:
             self.weight = nn.Parameter(weight_EH)
-        self.register_buffer("expert_bias", torch.zeros(num_experts) if use_expert_bias else None)
+        # its steps are smaller than what is left of a larger value in 16 bits
+        bias_E = torch.zeros(num_experts, dtype=torch.float32) if use_expert_bias else None
+        self.register_buffer("expert_bias", bias_E)
+        self.expert_bias_rate = expert_bias_rate
+        self._counts_E: Tensor | None = None
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(
@@ -120,6 +128,9 @@ class TopKRouter(nn.Module):
     ) -> RouterDecision:
         """Choose K experts for every row of `x_TH` (T, H); `token_ids_T` is not used."""
         x_TH = x_TH.detach() if self.frozen else x_TH
+        moves_bias = self._moves_bias()
+        if moves_bias and self._counts_E is not None:
+            self.update_expert_bias(_over_processes(self._counts_E), self.expert_bias_rate)
         with torch.autocast(x_TH.device.type, enabled=False):
             wide = torch.promote_types(x_TH.dtype, torch.float32)
             logits_TE = functional.linear(x_TH.to(wide), self.weight.to(wide))
@@ -132,6 +143,8 @@ class TopKRouter(nn.Module):
             weights_TK = routing.weights_TK
             if self.weigh_by_probability:
                 weights_TK = routing.noisy_probs_TE.gather(1, routing.experts_TK)
+        if moves_bias:
+            self._counts_E = routing.expert_counts_E
         return RouterDecision(
             logits_TE,
             routing.probs_TE,
@@ -140,6 +153,21 @@ class TopKRouter(nn.Module):
             weights_TK,
             RouterSums(routing.expert_counts_E, routing.prob_sums_E, routing.z_sum),
         )
+
+    def _moves_bias(self) -> bool:
+        """Not where activations are computed again for backward, which has to route as before."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        trains = self.training and torch.is_grad_enabled() and not in_backward
+        return trains and self.expert_bias is not None and self.expert_bias_rate > 0
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As every module's, but for the bias, which moves to other devices and stays in fp32."""
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        after = self.expert_bias
+        if before is not None and after is not None and after.dtype != torch.float32:
+            self.expert_bias = before.to(after.device)
+        return self
 
     @torch.no_grad()
     def update_expert_bias(self, expert_counts_E: Tensor, rate: float) -> None:
@@ -151,6 +179,15 @@ class TopKRouter(nn.Module):
             raise ValueError("the router was built without use_expert_bias")
         load_E = expert_counts_E.to(self.expert_bias)
         self.expert_bias += rate * torch.sign(load_E.mean() - load_E)
+
+
+def _over_processes(counts_E: Tensor) -> Tensor:
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return counts_E
+    counts_E = counts_E.clone()
+    distributed.all_reduce(counts_E)
+    return counts_E
 
 
 class HashRouter(nn.Module):

@@ -160,6 +160,7 @@ def _upcycled(
         router=model.router,
         top1_weight=model.top1_weight,
         use_expert_bias=model.expert_bias_rate > 0,
+        expert_bias_rate=model.expert_bias_rate,
         lb_coef=optim.lb_coef,
         z_coef=optim.z_coef,
     )

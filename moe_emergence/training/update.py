@@ -45,6 +45,8 @@ class Update:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.optim, self.bias_rate = optim, bias_rate
         self.routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
+        for router in self.routers:
+            router.expert_bias_rate = 0.0  # moved here, by the counts of whole steps
 
     def __call__(
         self, batch: "StepBatch", noise: RouterNoise | None, learning_rate: float | Tensor
