@@ -1,8 +1,11 @@
+import unicodedata
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_emergence.data.split import check_no_leakage, eval_count, split_texts
+from moe_emergence.data.split import check_no_leakage, eval_count, identity, split_texts
 from moe_emergence.data.texts import take_texts
 
 
@@ -39,15 +42,19 @@ def test_eval_count_is_exact_for_numbers_beyond_floats() -> None:
 
 
 @given(
-    st.lists(st.text(max_size=5), min_size=2, max_size=60).filter(lambda t: len(set(t)) > 1),
+    st.lists(st.text(max_size=5), min_size=2, max_size=60).filter(
+        lambda texts: len({identity(t) for t in texts}) > 1
+    ),
     st.integers(0, 2**31 - 1),
     st.randoms(use_true_random=False),
 )
 def test_split_partitions_distinct_texts_whatever_their_order(texts, seed, random) -> None:
     split = split_texts("code", texts, seed)
-    assert sorted(split.train + split.eval) == sorted(set(texts))
-    assert split.duplicates_dropped == len(texts) - len(set(texts))
-    assert len(split.eval) == eval_count(len(set(texts)))
+    names = {identity(t) for t in texts}
+    assert sorted(identity(t) for t in split.train + split.eval) == sorted(names)
+    assert set(split.train + split.eval) <= set(texts)
+    assert split.duplicates_dropped == len(texts) - len(names)
+    assert len(split.eval) == eval_count(len(names))
     check_no_leakage("code", split.train, split.eval)
 
     shuffled = texts + texts[:3]
@@ -101,3 +108,29 @@ def test_take_texts_says_what_it_passed_over(caplog: pytest.LogCaptureFixture) -
         assert take_texts("code", ["a" * 8, " \n", "abc", "abd"], 10) == ["abc", "abd"]
     assert "code: 1 texts larger than half of --size-mb passed over" in caplog.text
     assert "code: 1 blank texts dropped" in caplog.text
+
+
+TWINS: dict[str, Callable[[str], str]] = {
+    "an exact copy": lambda t: t,
+    "no last newline": lambda t: t.rstrip("\n"),
+    "CRLF": lambda t: t.replace("\n", "\r\n"),
+    "CR": lambda t: t.replace("\n", "\r"),
+    "a byte order mark": lambda t: "\ufeff" + t,
+    "decomposed characters": lambda t: unicodedata.normalize("NFD", t),
+    "blank lines around": lambda t: "\n\n" + t + "  \n",
+}
+
+
+@pytest.mark.parametrize("twin", TWINS.values(), ids=TWINS)
+def test_copies_that_read_alike_are_one_document(twin: Callable[[str], str]) -> None:
+    texts = [f"Document {i}: café naïve\nline {i}\n" for i in range(200)]
+    alone, split = split_texts("prose", texts, 0), split_texts("prose", texts[::-1] + [
+        twin(t) for t in texts], 0)  # fmt: skip
+    assert split.duplicates_dropped == 200
+    assert len(split.train) + len(split.eval) == 200
+    assert not {identity(t) for t in split.train} & {identity(t) for t in split.eval}
+    assert {identity(t) for t in (*split.train, *split.eval)} == {identity(t) for t in texts}
+    if twin(texts[0]) == texts[0]:
+        assert split.eval == alone.eval
+    with pytest.raises(ValueError, match="is in the train split as well"):
+        check_no_leakage("prose", texts, [twin(texts[3])])

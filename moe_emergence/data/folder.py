@@ -4,33 +4,29 @@ Files may be sorted, by package or by author, so documents pass through a seeded
 before the first `size_mb` of them are taken.
 """
 
-import itertools
+import logging
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_emergence.config import DOMAINS
-from moe_emergence.data.streams import (
-    Format,
-    Row,
-    local_files,
-    open_stream,
-    stream_rows,
-    text_of,
+from moe_emergence.data.files import (
+    READABLE,
+    SUFFIXES,
+    FileFormat,
+    files_below,
+    rows_of,
+    suffix_of,
 )
+from moe_emergence.data.streams import Row, stream_rows, text_of
 from moe_emergence.data.texts import DomainTexts, take_texts
 from moe_emergence.hub_access import reason
 from moe_emergence.settings import check
 
+logger = logging.getLogger(__name__)
+
 SHUFFLE_BUFFER = 10_000
-COMPRESSED = ("", ".gz", ".xz", ".bz2", ".zst")
-SUFFIXES: dict[str, Format] = {
-    ".parquet": "parquet",
-    **{f".jsonl{c}": "json" for c in COMPRESSED},
-    **{f".json{c}": "json" for c in COMPRESSED},
-    **{f".txt{c}": "text" for c in COMPRESSED},
-}
-READABLE = ".jsonl, .json, .txt (also .gz, .xz, .bz2, .zst) or .parquet"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,7 @@ class DomainFiles:
 
     path: Path
     files: tuple[Path, ...]
-    form: Format
+    form: FileFormat
 
 
 def find_domain(folder: Path, domain: str) -> DomainFiles:
@@ -48,7 +44,7 @@ def find_domain(folder: Path, domain: str) -> DomainFiles:
         entry
         for entry in folder.iterdir()
         if (entry.name == domain and entry.is_dir())
-        or (entry.is_file() and entry.name.removeprefix(domain) in SUFFIXES)
+        or (entry.is_file() and entry.name.removeprefix(domain).lower() in SUFFIXES)
     )
     names = ", ".join(entry.name for entry in candidates)
     check(
@@ -68,7 +64,10 @@ def find_domain(folder: Path, domain: str) -> DomainFiles:
             f"with a suffix from {READABLE}",
         )
     path = candidates[0]
-    files = [path] if path.is_file() else sorted(readable_files(path))
+    files, unread = ([path], []) if path.is_file() else files_below(path)
+    if unread:
+        kinds = ", ".join(sorted({other.suffix or other.name for other in unread}))
+        logger.warning("%s: %d files are not read (%s)", path, len(unread), kinds)
     check(bool(files), "--data", path, f"no file with text for {domain}; add {READABLE}")
     empty = [str(file) for file in files if file.stat().st_size == 0]
     check(
@@ -87,55 +86,55 @@ def find_domain(folder: Path, domain: str) -> DomainFiles:
     return DomainFiles(path, tuple(files), forms[0])
 
 
-def suffix_of(name: str) -> str:
-    """The known suffix a file name ends with, or an empty string."""
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
-
-
-def readable_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder with a known suffix, hidden ones left out."""
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and suffix_of(path.name):
-            yield path
-
-
-def has_rows(file: Path, form: Format) -> bool:
-    """False for a parquet file without rows, which `datasets` refuses to stream."""
-    if form != "parquet":
-        return True
-    from pyarrow import parquet
-
-    return bool(parquet.read_metadata(file).num_rows)
+def shuffled(texts: Iterable[str], draw: random.Random) -> Iterator[str]:
+    """The same texts; each leaves a buffer of `SHUFFLE_BUFFER` at a random time."""
+    buffer: list[str] = []
+    for text in texts:
+        if len(buffer) < SHUFFLE_BUFFER:
+            buffer.append(text)
+            continue
+        place = draw.randrange(SHUFFLE_BUFFER)
+        yield buffer[place]
+        buffer[place] = text
+    draw.shuffle(buffer)
+    yield from buffer
 
 
 def read_domain(
     found: DomainFiles, domain: str, *, limit_bytes: int, seed: int, text_field: str, cache_dir: str
 ) -> DomainTexts:
-    """Texts of one domain; `ValueError` names the domain, the file and what to change."""
-    where = f"--data {found.path}: domain {domain}"
+    """Texts of one domain; `ValueError` names the domain, the file and what to change.
+
+    `cache_dir` is what every source is given; nothing of local files is kept there.
+    """
     field = "text" if found.form == "text" else text_field
-
-    def explain(error: Exception) -> str:
-        if isinstance(error, ImportError):
-            return f"{where}: {reason(error)}; install it or give the file uncompressed"
-        return f"{where} could not be read ({reason(error)}); replace the damaged file"
-
-    def rows() -> Iterable[Row]:
-        files = [str(file) for file in found.files if has_rows(file, found.form)]
-        if not files:
-            return ()
-        stream = open_stream(found.form, local_files(files), cache_dir)
-        shuffled: Iterable[Row] = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        return shuffled
-
     change = "name the field with the text with --text-field"
-    stream = stream_rows(rows, explain)
-    first = next(stream, None)
-    if first is None:
-        raise ValueError(f"{where}: the file is empty; put text in it")
-    texts = (text_of(row, field, where, change) for row in itertools.chain((first,), stream))
-    taken = take_texts(domain, texts, limit_bytes)
+    draw = random.Random(seed)
+    files = draw.sample(found.files, len(found.files))
+
+    def texts() -> Iterator[str]:
+        for path in files:
+            where = f"--data {path}: domain {domain}"
+
+            def explain(error: Exception, where: str = where) -> str:
+                if isinstance(error, ImportError):
+                    return f"{where}: {reason(error)}; install it or give the file uncompressed"
+                return f"{where} could not be read ({reason(error)}); replace the damaged file"
+
+            def rows(path: Path = path) -> Iterable[Row]:
+                return rows_of(path, field)
+
+            for row in stream_rows(rows, explain):
+                text = text_of(row, field, where, change)
+                try:
+                    text.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    raise ValueError(explain(error)) from error
+                yield text
+
+    taken = take_texts(domain, shuffled(texts(), draw), limit_bytes)
+    if not taken and not any(True for _ in texts()):
+        raise ValueError(f"--data {found.path}: domain {domain}: the file is empty; put text in it")
     source = {
         "source": "folder",
         "path": str(found.path),

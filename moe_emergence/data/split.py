@@ -1,6 +1,7 @@
 """Train and evaluation documents: duplicates grouped first, then split by content and seed."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,17 @@ def eval_count(n: int) -> int:
     return max(1, min(wanted, n * EVAL_MOST_PERCENT // 100))
 
 
+def identity(text: str) -> str:
+    """What a reader sees of a text: without a byte order mark, with Unix line ends and composed
+    characters (Unicode NFC), and without white space around it."""
+    unified = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    return unicodedata.normalize("NFC", unified).strip()
+
+
 def split_texts(domain: str, texts: Iterable[str], seed: int) -> Split:
     """Keep one copy of every text and split at text level.
 
+    Texts of one `identity` are copies, of which the least is kept, as it is.
     Documents are ordered by a hash of content and seed: the order they came in does not matter,
     and neighbours in the source do not stay neighbours. The first `eval_count` are for evaluation.
     Raises `ValueError` naming the domain if there are fewer than 2 distinct texts.
@@ -45,7 +54,11 @@ def split_texts(domain: str, texts: Iterable[str], seed: int) -> Split:
     def rank(text: str) -> bytes:
         return hashlib.blake2b(text.encode("utf-8"), digest_size=32, key=key).digest()
 
-    distinct = sorted(set(copies), key=rank)
+    kept: dict[str, str] = {}
+    for text in set(copies):
+        name = identity(text)
+        kept[name] = min(kept.get(name, text), text)
+    distinct = sorted(kept.values(), key=rank)
     if len(distinct) < 2:
         raise ValueError(
             f"{domain}: a split needs at least 2 distinct documents, not {len(distinct)}; raise "
@@ -58,11 +71,11 @@ def split_texts(domain: str, texts: Iterable[str], seed: int) -> Split:
 def check_no_leakage(domain: str, train_texts: Sequence[str], eval_texts: Sequence[str]) -> None:
     """Raise `ValueError` if a document of the evaluation split is in the train split as well.
 
-    Documents are compared by content. The message quotes the beginning of the first offender.
+    Documents are compared by `identity`. The message quotes the beginning of the first offender.
     """
 
     def digest(text: str) -> bytes:
-        return hashlib.sha256(text.encode("utf-8")).digest()
+        return hashlib.sha256(identity(text).encode("utf-8")).digest()
 
     train = {digest(text) for text in train_texts}
     for text in eval_texts:

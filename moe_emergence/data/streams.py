@@ -7,20 +7,13 @@ local files, and stores the description of a hub dataset in the home folder what
 
 import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
 from moe_emergence.hub_access import http_error_type
 
-Format: TypeAlias = Literal["json", "parquet", "text"]
+Format: TypeAlias = Literal["json", "parquet"]
 Row: TypeAlias = dict[str, Any]
-
-
-def local_files(paths: Sequence[str]) -> Any:
-    """Local paths as `datasets` wants them, taken literally (no pattern in a file name)."""
-    from datasets.data_files import DataFilesDict, DataFilesList
-
-    return DataFilesDict({"train": DataFilesList(list(paths), [])})
 
 
 def matching_files(pattern: str) -> Any:
@@ -34,17 +27,14 @@ def matching_files(pattern: str) -> Any:
 
 
 def open_stream(form: Format, files: Any, cache_dir: str) -> Any:
-    """A `datasets.IterableDataset` over `files`; a text file is one row with the field `text`."""
+    """A `datasets.IterableDataset` over `files`."""
     from datasets.io.json import JsonDatasetReader
     from datasets.io.parquet import ParquetDatasetReader
-    from datasets.io.text import TextDatasetReader
 
     common = {"split": "train", "cache_dir": cache_dir, "streaming": True}
     if form == "json":
         return JsonDatasetReader(files, **common).read()
-    if form == "parquet":
-        return ParquetDatasetReader(files, **common).read()
-    return TextDatasetReader(files, sample_by="document", **common).read()
+    return ParquetDatasetReader(files, **common).read()
 
 
 def read_errors() -> tuple[type[Exception], ...]:
