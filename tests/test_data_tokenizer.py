@@ -1,3 +1,5 @@
+import copy
+import json
 import logging
 import re
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moe_emergence.config import DataConfig
@@ -110,6 +113,29 @@ def test_the_hash_sees_vocabulary_and_end_of_text(tokenizer, tmp_path: Path) -> 
     other.eos_token = "a"
     assert hash_tokenizer(other) != hash_tokenizer(tokenizer)
     assert hash_tokenizer(train_bpe(TEXTS, 319)) != hash_tokenizer(tokenizer)
+
+
+def test_the_hash_sees_what_the_vocabulary_does_not(tokenizer) -> None:
+    """The same entries, and other tokens for the same text."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    changes = {
+        "merges": backend["model"]["merges"][::-1],
+        "normalizer": {"type": "Lowercase"},
+        "pre_tokenizer": {**backend["pre_tokenizer"], "add_prefix_space": True},
+    }
+    hashes = {hash_tokenizer(tokenizer)}
+    for name, value in changes.items():
+        other = copy.deepcopy(backend)
+        (other["model"] if name == "merges" else other)[name] = value
+        made = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(json.dumps(other)), eos_token=tokenizer.eos_token
+        )
+        assert made.get_vocab() == tokenizer.get_vocab()
+        hashes.add(hash_tokenizer(made))
+    assert len(hashes) == 4
+    with_padding = copy.deepcopy(tokenizer)
+    with_padding.backend_tokenizer.enable_truncation(5)
+    assert hash_tokenizer(with_padding) in hashes
 
 
 def test_long_documents_are_tokenised_without_a_warning(

@@ -1,6 +1,7 @@
 """The model in other people's training loops: accumulation, masks, balancing bias, upcycling."""
 
 import copy
+import logging
 from typing import Any
 
 import pytest
@@ -57,6 +58,15 @@ def test_accumulated_micro_batches_of_unequal_lengths_are_the_whole_batch() -> N
         torch.testing.assert_close(ours, gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_a_batch_without_labels_loses_nothing_and_trains_the_router_only() -> None:
+    model, batch = mixture(lb_coef=0.3), padded(9, 7)
+    output = model(**batch | {"labels": torch.full_like(batch["labels"], -100)})
+    assert output.lm_loss == 0
+    torch.testing.assert_close(output.loss, 0.3 * output.lb_loss + 0.001 * output.z_loss)
+    output.loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("aux", [0.0, 0.5])
 def test_the_stock_trainer_takes_the_same_step_however_the_batch_is_split(
     aux: float, tmp_path: Any
@@ -77,6 +87,23 @@ def test_the_stock_trainer_takes_the_same_step_however_the_batch_is_split(
         moved = [p - b for p, b in zip(model.parameters(), before, strict=True)]
         updates.append(torch.cat([m.flatten() for m in moved]))
     assert (updates[0] - updates[1]).norm() < 1e-3 * updates[0].norm()
+
+
+def test_label_smoothing_is_of_the_next_token_and_says_what_it_leaves_out(
+    tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batch = mixture(), padded(9, 9)
+    arguments = TrainingArguments(
+        str(tmp_path), label_smoothing_factor=0.1, report_to=[], use_cpu=True
+    )
+    trainer = Trainer(model, arguments)
+    with caplog.at_level(logging.WARNING):
+        found = trainer.compute_loss(model, dict(batch), num_items_in_batch=16)
+    logits = model(**batch).logits[:, :-1].flatten(0, 1)
+    labels = batch["labels"][:, 1:].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(found, expected)
+    assert "balance and z loss are not in the loss" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["bool", "added"])

@@ -170,6 +170,11 @@ def encode_documents(
 
 
 def hash_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> str:
-    """SHA-256 of the vocabulary in the order of ids and of the end-of-text id."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    return hashlib.sha256(json.dumps([vocabulary, tokenizer.eos_token_id]).encode()).hexdigest()
+    """SHA-256 of all that makes tokens of a text, and of the end-of-text id.
+
+    That is vocabulary, merges, normaliser, and how a text is cut up and put together again.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    made_of = {k: v for k, v in backend.items() if k not in ("version", "truncation", "padding")}
+    content = json.dumps([made_of, tokenizer.eos_token_id], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,9 +1,11 @@
 """The Hugging Face face: configuration, model classes and upcycling.
 
-Importing this package registers `moe_gpt2` with `AutoConfig` and `AutoModelForCausalLM`.
+Importing this package registers `moe_gpt2` with `AutoConfig` and `AutoModelForCausalLM`, and as a
+model for causal language modelling.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_emergence.models.configuration import MoEGPT2Config
 from moe_emergence.models.modeling import MoECausalLMOutput, MoEGPT2LMHeadModel, MoEGPT2Model
@@ -11,6 +13,8 @@ from moe_emergence.models.upcycling import upcycle
 
 AutoConfig.register(MoEGPT2Config.model_type, MoEGPT2Config, exist_ok=True)
 AutoModelForCausalLM.register(MoEGPT2Config, MoEGPT2LMHeadModel, exist_ok=True)
+# the stock Trainer's label smoothing shifts the labels of models that are named there only
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MoEGPT2Config.model_type, MoEGPT2LMHeadModel.__name__)
 
 __all__ = [
     "MoECausalLMOutput",

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.logging import get_logger
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moe_emergence.models.configuration import MoEGPT2Config
@@ -27,6 +28,8 @@ from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import TopKRouter
 from moe_emergence.moe.tuning import TuningTable
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -293,19 +296,25 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
         loss, lm_loss, lb_loss, z_loss = None, None, None, None
+        if labels is None and num_items_in_batch is not None and outputs.router_decisions:
+            logger.warning_once(
+                "the labels were kept from the model, as by label smoothing: balance and z loss "
+                "are not in the loss; leave label_smoothing_factor at 0, or add auxiliary_losses "
+                "of router_decisions in a compute_loss_func"
+            )
         if labels is not None:
+            counted = (labels[:, 1:] != -100).sum()
+            # of a batch without labels the mean is 0, not NaN
+            items = counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
             lm_loss = loss = self.loss_function(
-                logits,
-                labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
             )
             if outputs.router_decisions:
                 mask_T = _token_mask(attention_mask, hidden_states.shape[1])
                 lb_loss, z_loss = auxiliary_losses(outputs.router_decisions, mask_T)
                 auxiliary = self.config.lb_coef * lb_loss + self.config.z_coef * z_loss
                 if num_items_in_batch is not None:
-                    auxiliary = auxiliary * ((labels[:, 1:] != -100).sum() / num_items_in_batch)
+                    auxiliary = auxiliary * (counted / num_items_in_batch)
                 loss = lm_loss + auxiliary
         return MoECausalLMOutput(
             loss=loss,
