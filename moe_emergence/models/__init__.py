@@ -7,8 +7,9 @@ model for causal language modelling.
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moe_emergence.models.block import MoECausalLMOutput
 from moe_emergence.models.configuration import MoEGPT2Config
-from moe_emergence.models.modeling import MoECausalLMOutput, MoEGPT2LMHeadModel, MoEGPT2Model
+from moe_emergence.models.modeling import MoEGPT2LMHeadModel, MoEGPT2Model
 from moe_emergence.models.upcycling import upcycle
 
 AutoConfig.register(MoEGPT2Config.model_type, MoEGPT2Config, exist_ok=True)

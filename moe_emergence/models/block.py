@@ -1,0 +1,90 @@
+"""What a layer of the model is, and what the model returns.
+
+Letters: B sequences, L tokens each, H model width.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
+
+from moe_emergence.models.configuration import MoEGPT2Config
+from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise
+
+
+@dataclass
+class MoEModelOutput(BaseModelOutputWithPast):
+    """Hidden states (B, L, H), the cache, and one `RouterDecision` per mixture layer."""
+
+    router_decisions: tuple[RouterDecision, ...] | None = None
+
+
+@dataclass
+class MoECausalLMOutput(CausalLMOutputWithPast):
+    """Logits, the cache and losses.
+
+    With labels, `loss` is `lm_loss + lb_coef * lb_loss + z_coef * z_loss`; compare models on
+    `lm_loss`. `router_decisions` holds one decision per mixture layer, over the B*L tokens.
+    """
+
+    lm_loss: Tensor | None = None
+    lb_loss: Tensor | None = None
+    z_loss: Tensor | None = None
+    router_decisions: tuple[RouterDecision, ...] | None = None
+
+
+class MoEGPT2Block(GradientCheckpointingLayer):
+    """GPT-2's block; its MLP is dense or a mixture of experts."""
+
+    def __init__(self, config: MoEGPT2Config, layer_idx: int) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, config.n_inner or 4 * config.hidden_size
+        self.layer_idx = layer_idx
+        self.ln_1 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.attn = GPT2Attention(config, layer_idx=layer_idx)
+        self.ln_2 = nn.LayerNorm(width, eps=config.layer_norm_epsilon)
+        self.mlp: GPT2MLP | MoELayer
+        # what wraps a layer later is no instance of its class
+        self.is_moe = layer_idx in config.moe_layers
+        if self.is_moe:
+            self.mlp = MoELayer(
+                width,
+                inner,
+                config.num_experts,
+                config.num_experts_per_tok,
+                router=config.router,
+                top1_weight=config.top1_weight,
+                use_expert_bias=config.use_expert_bias,
+                expert_bias_rate=config.expert_bias_rate,
+                layer=layer_idx,
+            )
+            self.dropout = nn.Dropout(config.resid_pdrop)
+        else:
+            self.mlp = GPT2MLP(inner, config)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        router_noise: RouterNoise | None = None,
+        token_ids: Tensor | None = None,
+    ) -> tuple[Tensor, RouterDecision | None]:
+        """Hidden states (B, L, H), and the decision of a mixture layer."""
+        attended, _ = self.attn(
+            self.ln_1(hidden_states),
+            cache=cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+        )
+        hidden_states = hidden_states + attended
+        if not self.is_moe:
+            return hidden_states + self.mlp(self.ln_2(hidden_states)), None
+        noise = router_noise and dataclasses.replace(router_noise, layer=self.layer_idx)
+        mixed, decision = self.mlp(self.ln_2(hidden_states), noise, token_ids)
+        return hidden_states + self.dropout(mixed), decision
