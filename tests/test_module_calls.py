@@ -9,6 +9,8 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -115,6 +117,24 @@ def test_a_block_whose_mlp_is_wrapped_is_the_same(wrap: Callable[[nn.Module], An
     assert all(layer.experts.w1.grad is not None for layer in layers.values())
     model.set_dispatch("sequential")
     assert all(isinstance(m.dispatcher, SequentialDispatcher) for m in layers.values())
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_experts_that_are_sharded_by_themselves(path: str) -> None:
+    layer = MoELayer(16, 32, 4, 2, dispatch=path)
+    x = torch.randn(6, 16)
+    expected = layer(x)[0].detach()
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        fully_shard(layer.experts, mesh=init_device_mesh("cpu", (1,)))
+        found = layer(x)[0]
+        found.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+    assert layer.experts.w1.grad is not None
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
