@@ -13,6 +13,8 @@ from benchmarks.gpu.program import REPOSITORY
 from moe_emergence.config import DataConfig
 
 FOLDER = REPOSITORY / ".gpu"
+LOCAL = REPOSITORY / ".gpu-local"
+"""What does not travel: run folders, caches and the environment of a rehearsal."""
 WHEELS = (
     "transformers==5.24.0",
     "tyro==1.0.17",

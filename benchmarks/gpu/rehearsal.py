@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.gpu.pack import FOLDER
+from benchmarks.gpu.pack import FOLDER, LOCAL
 from benchmarks.gpu.program import REPOSITORY
 
 MACHINE = (
@@ -24,7 +24,7 @@ def make_environment(python: str) -> str:
     Raises:
         subprocess.CalledProcessError: when it cannot be made; what pip says goes to stderr.
     """
-    folder = FOLDER / "rehearsal"
+    folder = LOCAL / "rehearsal"
     made = folder / "bin" / "python"
     if not (folder / "complete").exists():
         subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
@@ -39,7 +39,7 @@ def install_wheels(python: str) -> Path:
     Raises:
         subprocess.CalledProcessError: when something is missing.
     """
-    site, wheels = FOLDER / "site", sorted((FOLDER / "wheels").glob("*.whl"))
+    site, wheels = LOCAL / "site", sorted((FOLDER / "wheels").glob("*.whl"))
     subprocess.run(
         [python, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--upgrade",
          "--target", str(site), *map(str, wheels)],

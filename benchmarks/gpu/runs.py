@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from benchmarks.gpu.checks import kept_output
-from benchmarks.gpu.pack import FOLDER, packed_data
+from benchmarks.gpu.pack import LOCAL, packed_data
 from benchmarks.gpu.program import REPOSITORY, Fields, Setting
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
@@ -80,11 +80,11 @@ class RunFailed(Exception):
 
 
 class _Run:
-    """A run whose folder lies beside the wheels, from where nothing travels back."""
+    """A run whose folder lies where nothing travels back."""
 
     def __init__(self, name: str, setting: Setting, flags: tuple[str, ...]) -> None:
         self.name, self.setting, self.flags = name, setting, flags
-        self.folder = RunFolder(FOLDER / "runs" / name)
+        self.folder = RunFolder(LOCAL / "runs" / name)
 
     @property
     def model(self) -> str:
@@ -106,8 +106,8 @@ class _Run:
         command = [
             sys.executable, "-m", "moe_emergence.train", *self.flags, *source,
             *(TINY_SIZE if tiny else SIZE), *layers,
-            "--run-name", self.name, "--output-dir", f"{FOLDER.name}/runs",
-            "--cache-dir", f"{FOLDER.name}/cache", "--device", self.setting.device,
+            "--run-name", self.name, "--output-dir", f"{LOCAL.name}/runs",
+            "--cache-dir", f"{LOCAL.name}/cache", "--device", self.setting.device,
             "--max-steps", str(steps), "--eval-every", str(steps), "--save-every", str(steps),
             "--keep-last-k", "1", "--eval-blocks", "2" if tiny else "64", "--dispatch", "fused",
             "--track", "none",

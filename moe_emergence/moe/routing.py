@@ -156,9 +156,11 @@ class TopKRouter(nn.Module):
 
     def _moves_bias(self) -> bool:
         """Not where activations are computed again for backward, which has to route as before."""
-        in_backward = torch._C._current_graph_task_id() != -1
-        trains = self.training and torch.is_grad_enabled() and not in_backward
-        return trains and self.expert_bias is not None and self.expert_bias_rate > 0
+        has_bias = self.expert_bias is not None and self.expert_bias_rate > 0
+        if not (has_bias and self.training and torch.is_grad_enabled()):
+            return False
+        # a compiler traces the forward pass, and does not know the question
+        return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """As every module's, but for the bias, which moves to other devices and stays in fp32."""
