@@ -544,25 +544,30 @@ def test_fused_keeps_at_most_half_of_what_sequential_keeps(autocast, top_k, acti
     ("changes", "path"),
     [
         ({}, "grouped"),
-        ({"tokens": 511}, "fused"),
-        ({"tokens": 256, "top_k": 2}, "grouped"),
+        ({"tokens": 256}, "fused"),
+        ({"tokens": 256, "top_k": 8}, "grouped"),
         ({"dtype": torch.bfloat16}, "fused"),
         ({"dtype": FP64}, "fused"),
         ({"precision": "high"}, "fused"),
-        ({"width": 30}, "fused"),
+        ({"width": 3070}, "fused"),
+        ({"width": 256}, "fused"),
         ({"is_cuda": False}, "fused"),
     ],
     ids=str,
 )
 def test_ieee_fp32_products_of_many_rows_are_left_to_torch_on_a_gpu(changes, path) -> None:
     """A decision about tensors on a device that need not be there."""
-    of = {"tokens": 512, "top_k": 1, "dtype": torch.float32, "precision": "highest", "width": 32}
+    of = {"tokens": 2048, "top_k": 1, "dtype": torch.float32, "precision": "highest", "width": 3072}
     of |= {"is_cuda": True, **changes}
-    x_TH = types.SimpleNamespace(is_cuda=of["is_cuda"], dtype=of["dtype"], shape=(of["tokens"], 16))
+    x_TH = types.SimpleNamespace(
+        is_cuda=of["is_cuda"], dtype=of["dtype"], shape=(of["tokens"], 768)
+    )
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(of["precision"])
     try:
-        found = unmeasured_path(x_TH, of["top_k"], Experts(8, 16, of["width"], "gelu_tanh"))
+        with torch.device("meta"):
+            experts = Experts(8, 768, of["width"], "gelu_tanh")
+        found = unmeasured_path(x_TH, of["top_k"], experts)
     finally:
         torch.set_float32_matmul_precision(before)
     assert found == path

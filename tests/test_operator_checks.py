@@ -95,7 +95,11 @@ def test_an_operand_of_another_shape_is_refused(name: str, key: str, change: str
     [
         ("expert_mlp", {"activation": "relu"}, "activation is 'relu'"),
         ("expert_mlp", {"activation": "swiglu"}, "w1 is 5 wide, w2 takes 10 of swiglu"),
-        ("expert_mlp", {"w2": randn(E, F, H).float()}, "w1 is torch.float64, and b1, w2 and b2"),
+        (
+            "expert_mlp",
+            {"w2": randn(E, F, H).float()},
+            "w1, b1, w2 and b2 are torch.float32",
+        ),
         ("expert_mlp", {"perm": torch.zeros(T * K, dtype=torch.int32)}, "as sort_by_expert makes"),
         ("expert_mlp", {"perm": torch.zeros(2 * T * K, dtype=torch.int64)[::2]}, "as sort_by"),
         ("expert_mlp", {"expert_offsets": torch.zeros(E + 1, dtype=torch.int64)}, "as sort_by"),

@@ -27,6 +27,7 @@ from moe_emergence.training.graph import (
     WARM_UP,
     GraphedUpdate,
     check_can_capture,
+    dispatch_of,
     make_update,
 )
 from moe_emergence.training.objective import NextTokenLoss
@@ -202,6 +203,11 @@ def test_graphs_are_refused_where_there_are_none(tiny_config: RunConfig) -> None
     with pytest.raises(ValueError, match="--dispatch sequential waits for the routing"):
         check_can_capture(waiting, on_a_gpu)
     check_can_capture(asked, on_a_gpu)
+    asked = replace(asked, dispatch="auto")
+    assert dispatch_of(asked, on_a_gpu) == "fused"
+    assert dispatch_of(replace(asked, cuda_graph="off"), on_a_gpu) == "auto"
+    assert dispatch_of(replace(asked, dispatch="grouped"), on_a_gpu) == "grouped"
+    assert dispatch_of(replace(asked, cuda_graph="auto"), update.accelerator) == "auto"
     on_a_gpu.num_processes = 2
     with pytest.raises(ValueError, match="single process"):
         check_can_capture(asked, on_a_gpu)

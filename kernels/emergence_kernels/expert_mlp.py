@@ -191,68 +191,42 @@ def _differentiable(
     return torch.autograd.grad(y_TH, leaves, dy_TH, create_graph=True)
 
 
-def _check(
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    w1_EHP: Tensor,
-    b1_EP: Tensor | None,
-    w2_EFH: Tensor,
-    b2_EH: Tensor | None,
-    perm: Tensor,
-    inv_perm: Tensor,
-    token_idx: Tensor,
-    expert_offsets: Tensor,
-    activation: str,
-    plan: str,
-    *more: tuple[str, str, Tensor],
-    name: str = "expert_mlp",
+_OPERANDS = (
+    ("x", "TH"), ("weights", "TK"), ("w1", "EHP"), ("b1", "EP"), ("w2", "EFH"), ("b2", "EH"),
+    ("perm", "S"), ("inv_perm", "S"), ("token_idx", "S"), ("expert_offsets", "O"),
+)  # fmt: skip
+"""Names and shapes, in the order of the operator; O is E + 1."""
+
+
+def _check(*arguments: Any) -> None:
+    *operands, activation, _ = arguments
+    _check_operands("expert_mlp", _OPERANDS, operands, activation)
+
+
+def _check_gradients(*arguments: Any) -> None:
+    *operands, activation, _, wanted = arguments
+    name = "expert_mlp_backward"
+    specs = (("dy", "TH"), *_OPERANDS[:6], ("pre", "SP"), *_OPERANDS[6:])
+    _check_operands(name, specs, operands, activation)
+    require(len(wanted) == 6, name, f"wanted has {len(wanted)} flags, not 6")
+
+
+def _check_operands(
+    name: str, specs: tuple[tuple[str, str], ...], operands: list[Any], activation: str
 ) -> None:
-    sizes = sizes_of(
-        name,
-        ("x", "TH", x_TH),
-        ("weights", "TK", weights_TK),
-        ("w1", "EHP", w1_EHP),
-        ("b1", "EP", b1_EP),
-        ("w2", "EFH", w2_EFH),
-        ("b2", "EH", b2_EH),
-        ("perm", "S", perm),
-        ("inv_perm", "S", inv_perm),
-        ("token_idx", "S", token_idx),
-        ("expert_offsets", "O", expert_offsets),
-        *more,
-    )
+    sizes = sizes_of(name, specs, operands)
     known = activation in get_args(Activation)
     require(known, name, f"activation is {activation!r}, not of {get_args(Activation)}")
     width = pre_activation_width(cast(Activation, activation), sizes["F"])
     require(sizes["P"] == width, name, f"w1 is {sizes['P']} wide, w2 takes {width} of {activation}")
     fits = sizes["S"] == sizes["T"] * sizes["K"] and sizes["O"] == sizes["E"] + 1
     require(fits, name, "the permutation is not one of weights' tokens and w1's experts")
-    kept = w1_EHP.dtype
-    same = all(p is None or p.dtype == kept for p in (b1_EP, w2_EFH, b2_EH))
-    require(same, name, f"w1 is {kept}, and b1, w2 and b2 are not all")
-    integers = all(
-        t.dtype == torch.int64 and t.is_contiguous() for t in (perm, inv_perm, token_idx)
-    )
-    integers = integers and expert_offsets.dtype == torch.int32 and expert_offsets.is_contiguous()
-    require(integers, name, "the permutation is not as sort_by_expert makes it")
-
-
-def _check_gradients(
-    dy_TH: Tensor,
-    x_TH: Tensor,
-    weights_TK: Tensor,
-    w1_EHP: Tensor,
-    b1_EP: Tensor | None,
-    w2_EFH: Tensor,
-    b2_EH: Tensor | None,
-    pre_SP: Tensor,
-    *others: Any,
-) -> None:
-    *routing, activation, plan, wanted = others
-    inputs = x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH
-    name, more = "expert_mlp_backward", (("dy", "TH", dy_TH), ("pre", "SP", pre_SP))
-    _check(*inputs, *routing, activation, plan, *more, name=name)
-    require(len(wanted) == 6, name, f"wanted has {len(wanted)} flags, not 6")
+    given = {label: tensor for (label, _), tensor in zip(specs, operands, strict=True)}
+    kept = {given[k].dtype for k in ("w1", "b1", "w2", "b2") if given[k] is not None}
+    require(len(kept) == 1, name, f"w1, b1, w2 and b2 are {', '.join(sorted(map(str, kept)))}")
+    dtypes = [tensor.dtype for tensor in operands[-4:] if tensor.is_contiguous()]
+    whole = dtypes == 3 * [torch.int64] + [torch.int32]
+    require(whole, name, "the permutation is not as sort_by_expert makes it")
 
 
 _ROUTING = "Tensor perm, Tensor inv_perm, Tensor token_idx, Tensor expert_offsets"

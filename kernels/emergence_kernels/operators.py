@@ -6,7 +6,7 @@ subclasses need that; plain tensors go straight to the implementation.
 """
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,15 +25,17 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def sizes_of(name: str, *operands: tuple[str, str, Tensor | None]) -> dict[str, int]:
-    """Sizes by letter of operands given as (name, letters of its shape, tensor or None).
+def sizes_of(
+    name: str, specs: Sequence[tuple[str, str]], operands: Sequence[Tensor | None]
+) -> dict[str, int]:
+    """Sizes by letter of operands, of each of which `specs` has the name and the shape's letters.
 
     Raises:
         ValueError: for operands of `emergence::name` on two devices, or whose shapes do not fit.
     """
     sizes: dict[str, int] = {}
     first = device = None
-    for label, letters, tensor in operands:
+    for (label, letters), tensor in zip(specs, operands, strict=True):
         if tensor is None:
             continue
         if device is None:

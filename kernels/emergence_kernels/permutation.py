@@ -46,7 +46,7 @@ def _fake_sort(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, ...]:
 
 def _check_sort(topk_experts_TK: Tensor, num_experts: int) -> None:
     name = "sort_by_expert"
-    sizes_of(name, ("topk_experts", "TK", topk_experts_TK))
+    sizes_of(name, [("topk_experts", "TK")], [topk_experts_TK])
     is_int = topk_experts_TK.dtype == torch.int64
     require(is_int, name, f"topk_experts is {topk_experts_TK.dtype}, not int64")
     require(num_experts >= 1, name, f"num_experts is {num_experts}, not at least 1")

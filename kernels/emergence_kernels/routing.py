@@ -89,27 +89,13 @@ def _fake_forward(
     )
 
 
-def _gradient(
-    probs_TE: Tensor,
-    noisy_TE: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    logsumexp_T: Tensor,
-    dprobs_TE: Tensor | None,
-    dnoisy_TE: Tensor | None,
-    dweights_TK: Tensor | None,
-    dlogsumexp_T: Tensor | None,
-    dprob_sums_E: Tensor | None,
-    dz_sum: Tensor | None,
-) -> Tensor:
-    """Gradient of the logits; `noisy_TE` is empty when there was no noise."""
-    gradients = (dprobs_TE, dnoisy_TE, dweights_TK, dlogsumexp_T, dprob_sums_E, dz_sum)
-    results = (probs_TE, noisy_TE, experts_TK, weights_TK, logsumexp_T)
+def _gradient(probs_TE: Tensor, *operands: Any) -> Tensor:
+    """Gradient of the logits from results and gradients, named as in `_plain_gradient`."""
     if _on_kernels(probs_TE):
         from emergence_kernels.gpu.routing_gradient import route_backward
 
-        return route_backward(*results, *gradients)
-    return _plain_gradient(*results, *gradients)
+        return route_backward(probs_TE, *operands)
+    return _plain_gradient(probs_TE, *operands)
 
 
 def _plain_gradient(
@@ -125,7 +111,7 @@ def _plain_gradient(
     dprob_sums_E: Tensor | None,
     dz_sum: Tensor | None,
 ) -> Tensor:
-    """`_gradient` in plain PyTorch, which autograd can differentiate again."""
+    """In plain PyTorch, which autograd can differentiate; `noisy_TE` is empty without noise."""
     has_noise = noisy_TE.shape[0] == probs_TE.shape[0]
     chosen_from_TE = noisy_TE if has_noise else probs_TE
     dlogits_TE = torch.zeros_like(probs_TE)
@@ -176,12 +162,8 @@ def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
 def _check(
     logits_TE: Tensor, top_k: int, noise_TE: Tensor | None, expert_bias_E: Tensor | None
 ) -> None:
-    sizes = sizes_of(
-        "route",
-        ("logits", "TE", logits_TE),
-        ("noise", "TE", noise_TE),
-        ("expert_bias", "E", expert_bias_E),
-    )
+    specs = ("logits", "TE"), ("noise", "TE"), ("expert_bias", "E")
+    sizes = sizes_of("route", specs, (logits_TE, noise_TE, expert_bias_E))
     dtype = logits_TE.dtype
     wide = dtype in (torch.float32, torch.float64)
     require(wide, "route", f"logits are {dtype}, not float32 or float64")
@@ -189,33 +171,15 @@ def _check(
     require(fits, "route", f"top_k is {top_k}, not from 1 to the {sizes['E']} experts")
 
 
-def _check_gradient(
-    probs_TE: Tensor,
-    noisy_TE: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    logsumexp_T: Tensor,
-    dprobs_TE: Tensor | None,
-    dnoisy_TE: Tensor | None,
-    dweights_TK: Tensor | None,
-    dlogsumexp_T: Tensor | None,
-    dprob_sums_E: Tensor | None,
-    dz_sum: Tensor | None,
-) -> None:
-    sizes_of(
-        "route_backward",
-        ("probs", "TE", probs_TE),
-        ("noisy", "NE", noisy_TE),
-        ("experts", "TK", experts_TK),
-        ("weights", "TK", weights_TK),
-        ("logsumexp", "T", logsumexp_T),
-        ("dprobs", "TE", dprobs_TE),
-        ("dnoisy", "NE", dnoisy_TE),
-        ("dweights", "TK", dweights_TK),
-        ("dlogsumexp", "T", dlogsumexp_T),
-        ("dprob_sums", "E", dprob_sums_E),
-        ("dz_sum", "", dz_sum),
-    )
+_BACKWARD_OPERANDS = (
+    ("probs", "TE"), ("noisy", "NE"), ("experts", "TK"), ("weights", "TK"), ("logsumexp", "T"),
+    ("dprobs", "TE"), ("dnoisy", "NE"), ("dweights", "TK"), ("dlogsumexp", "T"),
+    ("dprob_sums", "E"), ("dz_sum", ""),
+)  # fmt: skip
+
+
+def _check_gradient(*operands: Tensor | None) -> None:
+    sizes_of("route_backward", _BACKWARD_OPERANDS, operands)
 
 
 _route = define(

@@ -23,7 +23,7 @@ from moe_emergence.moe import RouterNoise
 from moe_emergence.progress import progress_bar
 from moe_emergence.settings import to_dict
 from moe_emergence.training.environment import make_accelerator
-from moe_emergence.training.graph import make_update
+from moe_emergence.training.graph import dispatch_of, make_update
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
@@ -155,7 +155,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
         keep_freed_memory()
     language_model = _random_model(config).train()
     if isinstance(language_model, MoEGPT2LMHeadModel):
-        language_model.set_dispatch(config.dispatch)
+        language_model.set_dispatch(dispatch_of(config, accelerator))
     use_fast_operators(language_model, accelerator.device, accelerator.mixed_precision)
     optimizer = build_optimizer(language_model, config.optim)
     model, optimizer = accelerator.prepare(NextTokenLoss(language_model), optimizer)

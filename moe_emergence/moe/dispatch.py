@@ -17,6 +17,9 @@ from moe_emergence.moe.routing import RouterDecision
 from moe_emergence.moe.sequential import SequentialDispatcher
 from moe_emergence.moe.tuning import TuningTable
 
+_WORK_OF_A_LAUNCH = 320_000_000
+"""Multiplications of one expert's product in fp32 that take 10 us longer at 28 TFLOP/s than at 50;
+expected figures, not measured."""
 DispatchName = Literal["auto", "sequential", "grouped", "fused", "megablocks"]
 
 
@@ -51,8 +54,9 @@ def unmeasured_path(x_TH: Tensor, top_k: int, experts: Experts) -> str:
     """The path for a shape that nobody measured here: the fused one, but for IEEE fp32 on a GPU.
 
     Without matrix units our products wait for shared memory, at about half of what cuBLAS is
-    expected to reach (docs/kernels.md); so with rows enough torch's grouped products are taken,
-    which wait for the routing. On CPUs `python -m benchmarks.grid` compares the paths.
+    expected to reach (docs/kernels.md); so torch's grouped products are taken where that saves more
+    than what they cost, a launch for every expert and a wait for the routing. On CPUs
+    `python -m benchmarks.grid` compares the paths.
     """
     is_ieee = (
         x_TH.is_cuda
@@ -62,7 +66,8 @@ def unmeasured_path(x_TH: Tensor, top_k: int, experts: Experts) -> str:
     )
     rows_per_expert = x_TH.shape[0] * top_k / experts.num_experts
     whole_rows = all(width % 4 == 0 for width in (*experts.w1.shape[1:], *experts.w2.shape[1:]))
-    return "grouped" if is_ieee and rows_per_expert >= 64 and whole_rows else "fused"
+    work = rows_per_expert * experts.w2.shape[1] * experts.w2.shape[2]
+    return "grouped" if is_ieee and work >= _WORK_OF_A_LAUNCH and whole_rows else "fused"
 
 
 _DISPATCHERS: dict[str, Callable[[TuningTable | None], Dispatcher]] = {

@@ -30,7 +30,7 @@ from moe_emergence.run_folder import RunFolder, read_json, write_json
 from moe_emergence.settings import check, from_dict, to_dict
 from moe_emergence.training.checkpoint import Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
-from moe_emergence.training.graph import check_can_capture
+from moe_emergence.training.graph import check_can_capture, dispatch_of
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint
 from moe_emergence.training.tracking import check_tracker
@@ -208,7 +208,8 @@ def _run_stage(
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
     _start_folder(run, config, data, accelerator)
     if isinstance(model, MoEGPT2LMHeadModel):
-        model.set_dispatch(config.dispatch, measured(config, model, accelerator))
+        dispatch = dispatch_of(config, accelerator)
+        model.set_dispatch(dispatch, measured(config, model, accelerator))
     check_layers_exist(config.model.moe_layers, model.config.n_layer)
     trainer = Trainer(config, model, data, run, accelerator, checkpoint)
     summary = trainer.train()

@@ -16,6 +16,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.cuda_graph import CudaCapture, NotCapturableError
 from moe_emergence.errors import RunError
 from moe_emergence.moe import RouterNoise
+from moe_emergence.moe.dispatch import DispatchName
 from moe_emergence.training.step import StepStatistics
 from moe_emergence.training.update import Outcome, Update
 
@@ -143,12 +144,22 @@ def check_can_capture(config: RunConfig, accelerator: "Accelerator") -> None:
         raise ValueError(f"--cuda-graph on: {reason}; give auto or off")
 
 
+def dispatch_of(config: RunConfig, accelerator: "Accelerator") -> DispatchName:
+    """`--dispatch`; for `auto`, where steps are captured, the path that never waits for routing."""
+    is_auto = config.dispatch == "auto"
+    return "fused" if is_auto and _captures(config, accelerator) else config.dispatch
+
+
 def make_update(update: Update, config: RunConfig) -> Update | GraphedUpdate:
     """`update`, or what replays it where `--cuda-graph` and the machine allow."""
-    if config.cuda_graph == "off" or _obstacle(config, update.accelerator) is not None:
+    if not _captures(config, update.accelerator):
         return update
     capture = CudaCapture(update.accelerator.device)
     return GraphedUpdate(update, required=config.cuda_graph == "on", capture=capture)
+
+
+def _captures(config: RunConfig, accelerator: "Accelerator") -> bool:
+    return config.cuda_graph != "off" and _obstacle(config, accelerator) is None
 
 
 def _obstacle(config: RunConfig, accelerator: "Accelerator") -> str | None:

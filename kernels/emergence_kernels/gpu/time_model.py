@@ -12,8 +12,6 @@ Letters: H model width, F expert width, P pre-activation width, E experts, S rou
 
 from dataclasses import dataclass
 
-import torch
-
 from emergence_kernels.activations import Activation, pre_activation_width
 from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE
 from emergence_kernels.gpu.gemm_config import GemmConfig, GemmPlan, Product
@@ -50,6 +48,8 @@ H100 = Device("H100 SXM", 132, 1.83e9, 4096, 3.35e12, 233_472)
 H200 = Device("H200", 132, 1.83e9, 4096, 4.8e12, 233_472)
 """NVIDIA's data sheets: 989 TFLOP/s in bf16, 3.35 and 4.8 TB/s."""
 
+_BYTES = 2
+"""Of an element."""
 _REGISTERS = 65_536
 _SHARED_BYTES_PER_CLOCK = 128
 _LANES = 128
@@ -61,7 +61,7 @@ _FORWARD_INSTRUCTIONS, _BACKWARD_INSTRUCTIONS = 17, 36
 
 @dataclass(frozen=True)
 class Layer:
-    """The shape of one call."""
+    """The shape of one call, in 16 bits."""
 
     rows: int
     """S."""
@@ -69,7 +69,6 @@ class Layer:
     width: int
     experts: int
     activation: Activation = "gelu_tanh"
-    dtype: torch.dtype = torch.bfloat16
 
     @property
     def pre_width(self) -> int:
@@ -84,7 +83,7 @@ def product_seconds(
 
     `registers` of a thread, where known; else the accumulator's and a common 64 more.
     """
-    rows, size = layer.rows, layer.dtype.itemsize
+    rows, size = layer.rows, _BYTES
     if product == "weight_grad":
         inner, outer, written = cdiv(rows, layer.experts), layer.pre_width, 1
         tiles = layer.experts * _tiles(layer.hidden, outer, config)
@@ -151,7 +150,7 @@ def layer_seconds(layer: Layer, plan: GemmPlan, device: Device, top_k: int = 1) 
     Products by the plan, everything else by its bytes (docs/kernels.md). Routing and sorting are
     not in it.
     """
-    size, rows, tokens = layer.dtype.itemsize, layer.rows, layer.rows // top_k
+    size, rows, tokens = _BYTES, layer.rows, layer.rows // top_k
     hidden, width, pre = layer.hidden, layer.width, layer.pre_width
     tiles = cdiv(rows, ROWS_PER_TILE) + layer.experts - 1
 
