@@ -15,8 +15,9 @@ def saved_bytes(run: Callable[[], Tensor], owned: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in ours:
             # the tensor is held, so that no later one can have its address
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor.detach())
+        # an output that its own node saves would keep the graph alive for good
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()

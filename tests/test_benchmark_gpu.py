@@ -99,6 +99,25 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "gpu.json"
 
 
+def placed(setting: Setting) -> Iterator[Fields]:
+    yield {"note": f"it waits at {pack.REPOSITORY / 'benchmarks' / 'grid.py'}:1"}
+
+
+def test_rows_do_not_say_where_the_repository_lies(tmp_path: Path) -> None:
+    _, found = run(tmp_path, Stage("placed", placed, 60))
+    assert found["placed"]["rows"] == [{"note": f"it waits at {Path('benchmarks', 'grid.py')}:1"}]
+
+
+def test_a_stage_that_was_not_begun_is_in_the_report(tmp_path: Path) -> None:
+    packages = {"torch": "2"}
+    known = dict.fromkeys(("device_name", "command", "commit", "date", "driver", "cuda"), "x")
+    journal = Journal(tmp_path / "gpu.json", {**known, "python": "3", "packages": packages})
+    run_stages([Stage("long", good, 1e6)], journal, Setting("cpu", True, "", 1, time.time()))
+    assert "| long | no time left |" in report.write_report(journal.path, tmp_path).read_text(
+        "utf-8"
+    )
+
+
 def test_the_rehearsal_has_every_stage(rehearsed: Path) -> None:
     found = program.read_journal(rehearsed)["stages"]
     assert {s["state"] for s in found.values()} == {"complete"}

@@ -156,8 +156,13 @@ def _measure(stage: Stage, setting: Setting, parent: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         for row in stage.measure(setting):
-            parent.send(("row", row))
+            parent.send(("row", {key: _from_the_repository_on(v) for key, v in row.items()}))
         parent.send(("complete", None))
     except BaseException:  # noqa: BLE001 - whatever it is, it goes into the record
-        parent.send(("failed", traceback.format_exc().replace(f"{REPOSITORY}{os.sep}", "")[-4000:]))
+        parent.send(("failed", _from_the_repository_on(traceback.format_exc())[-4000:]))
     parent.close()
+
+
+def _from_the_repository_on(value: Any) -> Any:
+    """`value`, where it is text, without the folders above the repository."""
+    return value.replace(f"{REPOSITORY}{os.sep}", "") if isinstance(value, str) else value

@@ -54,7 +54,7 @@ def _stages(stages: dict[str, Fields]) -> list[str]:
     rows = []
     for name, stage in stages.items():
         lines = (stage.get("error") or "").strip().splitlines()
-        rows.append((name, stage["state"], stage["seconds"], lines[-1] if lines else ""))
+        rows.append((name, stage["state"], stage.get("seconds", ""), lines[-1] if lines else ""))
     return [table(("stage", "state", "seconds", "why"), rows)]
 
 
