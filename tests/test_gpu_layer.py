@@ -23,6 +23,7 @@ from moe_emergence.moe import (
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 ACTIVATIONS = ("gelu_tanh", "swiglu")
+TF32_EPS = 2.0**-10
 SHAPES = {
     # T, H, F, E, K, how tokens choose
     "predecessor-top-1": (1024, 768, 3072, 8, 1, "random"),
@@ -109,7 +110,9 @@ def assert_dispatcher_as_accurate_as_sequential(name, shape, precision, activati
             cast=False,
         )
         draws.append((ours, plain, exact))
-    assert_as_accurate(draws, precision.dtype)
+    # libraries multiply a row alone without tensor cores, its factors not rounded
+    one_row_in_tf32 = precision.matmul == "high" and tokens == 1
+    assert_as_accurate(draws, precision.dtype, TF32_EPS if one_row_in_tf32 else None)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -55,7 +55,11 @@ def run(shape: tuple[int, ...], activation: Activation, config: GemmConfig) -> l
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
 def test_descriptors_load_the_same_tiles(shape: tuple[int, ...], activation: Activation) -> None:
     expected = run(shape, activation, PLAIN)
-    results = [run(shape, activation, config) for config in DESCRIBED.values()]
+    configs = [*DESCRIBED.values()]
+    if KERNEL_DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 10:
+        # where nothing chooses to specialize warps, Triton fails to for tiles this small
+        configs = [replace(config, specialize=False) for config in configs]
+    results = [run(shape, activation, config) for config in configs]
     for result in results:
         for found, wanted in zip(result, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())

@@ -116,7 +116,11 @@ class TestActivationGradient:
             assert (found[part] is not None) == (part in parts), part
         # `bias` has unwritten rows where fewer tiles were needed than the bound
         for part in set(parts) - {"bias"}:
-            assert torch.equal(found[part], everything[part]), part
+            # a compiler may contract other sums and products where others are left out
+            tolerance = 0.0 if KERNEL_DEVICE == "cpu" else 1e-6
+            torch.testing.assert_close(
+                found[part], everything[part], rtol=tolerance, atol=tolerance, msg=part
+            )
         if "bias" in parts:
             offsets = case.permutation.expert_offsets
             sums = [sum_of_tiles(r["bias"], offsets) for r in (found, everything)]

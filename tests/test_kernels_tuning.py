@@ -130,6 +130,7 @@ def test_a_configuration_that_does_not_run_is_passed_over(
         return up_projection(*args, **kwargs)
 
     monkeypatch.setattr(tuning, "up_projection", too_big_for_small)
+    monkeypatch.setattr(tuning, "_compile", lambda *_: None)  # it is launches that fail
     times = iter([5.0, 2.0] + [1.0, 2.0, 3.0] * 4)
     tuned = list(tuning.tune(shape(tuning), torch.device(KERNEL_DEVICE), lambda run: next(times)))
     assert tuned[0].config == GemmConfig(32, 16, 16, 4, 1)
