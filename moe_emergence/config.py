@@ -299,7 +299,7 @@ class RunConfig:
     """Where to run; auto is cuda where there is one."""
     dispatch: DispatchName = "auto"
     """Path from tokens to experts and back; all of them compute the same."""
-    cuda_graph: Literal["auto", "on", "off"] = "off"
+    cuda_graph: Literal["auto", "on", "off"] = "auto"
     """On a GPU, capture the whole optimizer step once and launch it with one call: auto where that
     can be done, on refuses to train where it cannot."""
     autotune: bool = False

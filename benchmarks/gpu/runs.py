@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 BASE_SHARE = 0.25
 """Of the stage's time for pretraining the base that all variants start from."""
-START_S = 14.0
+START_S = 32.0
 """What a run takes besides its steps: imports, data, evaluation, saving."""
 
 

@@ -4,12 +4,12 @@ from benchmarks.gpu import checks, layers, runs, sweep, training
 from benchmarks.gpu.program import Stage
 
 STAGES = (
-    Stage("layers", layers.layers, 60),
+    Stage("layers", layers.layers, 150),
     Stage("taken-apart", layers.taken_apart, 15),
     Stage("correctness", layers.correctness, 40),
     Stage("training", training.steps, 60),
-    Stage("train", runs.short_training, 60),
-    Stage("tests", checks.tests, 110),
+    Stage("train", runs.short_training, 130),
+    Stage("tests", checks.tests, 130),
     Stage("sweep", sweep.sweep, 60),
     Stage("certificate", checks.certificate, 90),
     Stage("runs", runs.equal_steps, 240),
