@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from benchmarks import footprint
 from moe_emergence.moe import MoELayer, get_dispatcher
 
 FP64 = torch.float64
@@ -159,16 +160,4 @@ def assert_as_accurate(
 def saved_bytes(name: str, layer: MoELayer, x: Tensor) -> int:
     """Bytes of the distinct storages kept for backward, without the parameters'."""
     layer.dispatcher = get_dispatcher(name)
-    owned = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y, _ = layer(x)
-    assert y.requires_grad
-    return sum(kept.values())
+    return footprint.saved_bytes(lambda: layer(x)[0], layer.parameters())

@@ -12,9 +12,9 @@ import pytest
 
 pytest.importorskip("triton", reason="the stages run Triton's kernels, which is not installed")
 
-from benchmarks.gpu import pack, program, report, stages
+from benchmarks.gpu import layers, pack, program, report, stages
 from benchmarks.gpu.__main__ import main
-from benchmarks.gpu.program import Fields, Journal, Setting, Stage, run_stages
+from benchmarks.gpu.program import Fields, Journal, OutOfTime, Setting, Stage, run_stages
 
 pytestmark = pytest.mark.slow
 
@@ -33,6 +33,23 @@ def dying(setting: Setting) -> Iterator[Fields]:
     yield {"row": 1}
     time.sleep(0.2)  # the row is on its way
     os._exit(139)
+
+
+def cut_short(setting: Setting) -> Iterator[Fields]:
+    yield {"row": 1}
+    raise OutOfTime
+
+
+def test_a_stage_that_leaves_something_out_is_not_complete(tmp_path: Path) -> None:
+    complete, found = run(tmp_path, Stage("cut", cut_short, 60))
+    assert not complete
+    assert (found["cut"]["state"], found["cut"]["rows"]) == ("out of time", [{"row": 1}])
+
+
+def test_no_time_for_all_layers_is_said(tmp_path: Path) -> None:
+    complete, found = run(tmp_path, Stage("layers", layers.layers, 4), seconds=4)
+    assert not complete
+    assert found["layers"]["state"] == "out of time"
 
 
 def endless(setting: Setting) -> Iterator[Fields]:

@@ -11,7 +11,7 @@ from dataclasses import asdict
 import torch
 
 from benchmarks.gate import Gate, evaluate
-from benchmarks.gpu.program import Fields, Setting
+from benchmarks.gpu.program import Fields, OutOfTime, Setting
 from benchmarks.layer import measure_layer, phase_work
 from benchmarks.peers import ENTRIES
 from benchmarks.results import Row
@@ -96,7 +96,7 @@ def layers(setting: Setting) -> Iterator[Fields]:
     context = warm_processes("torch", __name__)
     for case in cases:
         if time.time() > setting.deadline - 8:
-            return
+            raise OutOfTime
         try:
             with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
                 yield from pool.submit(_measured, case, setting).result()

@@ -25,6 +25,10 @@ Fields = dict[str, Any]
 """What was measured, JSON-ready."""
 
 
+class OutOfTime(Exception):
+    """A stage stops at its deadline with something left to measure."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where and how a stage measures."""
@@ -47,7 +51,7 @@ class Stage:
 
     name: str
     measure: Callable[[Setting], Iterator[Fields]]
-    """Importable by name."""
+    """Importable by name; raises `OutOfTime` where it leaves something out."""
     seconds: float
     """What it takes on an H100."""
 
@@ -158,6 +162,8 @@ def _measure(stage: Stage, setting: Setting, parent: Any) -> None:
         for row in stage.measure(setting):
             parent.send(("row", {key: _from_the_repository_on(v) for key, v in row.items()}))
         parent.send(("complete", None))
+    except OutOfTime:
+        parent.send(("out of time", None))
     except BaseException:  # noqa: BLE001 - whatever it is, it goes into the record
         parent.send(("failed", _from_the_repository_on(traceback.format_exc())[-4000:]))
     parent.close()

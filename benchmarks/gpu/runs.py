@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from benchmarks.gpu.checks import kept_output
 from benchmarks.gpu.pack import LOCAL, packed_data
-from benchmarks.gpu.program import REPOSITORY, Fields, Setting
+from benchmarks.gpu.program import REPOSITORY, Fields, OutOfTime, Setting
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
 SIZE = ("--batch-size", "8", "--grad-accum-steps", "1")
@@ -66,7 +66,7 @@ def equal_steps(setting: Setting) -> Iterator[Fields]:
     }
     for name, flags in VARIANTS.items():
         if steps < 1 or time.time() > setting.deadline - START_S:
-            return
+            raise OutOfTime
         flags = (*flags, "--base", base.model, "--cuda-graph", "auto")
         yield _Run(name, setting, flags).train(steps)
 

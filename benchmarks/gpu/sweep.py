@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.program import Fields, Setting
+from benchmarks.gpu.program import Fields, OutOfTime, Setting
 from benchmarks.stopwatch import Work, device_seconds, interleave
 from benchmarks.workloads import Case, Shape, make_problem
 from emergence_kernels import expert_mlp, sort_by_expert
@@ -78,12 +78,13 @@ def sweep(setting: Setting) -> Iterator[Fields]:
                 "kernels": len(resources),
                 "compile_s": round(time.time() - started, 1),
             }
-        best = {}
+        best, cut_short = {}, False
         for product, configs in todo.items():
             expected = runs[product](configs[0])
             fastest = None
             for config in configs:
                 if time.time() > setting.deadline - 5:
+                    cut_short = True
                     break
                 row = {"shape": shape.name, "product": product, "config": describe(config)}
                 row |= resources.get((product, config), {})
@@ -98,6 +99,8 @@ def sweep(setting: Setting) -> Iterator[Fields]:
             best[product] = fastest[0] if fastest else configs[0]
         plans = {"default": default, "elsewhere": elsewhere, "best": GemmPlan(**best)}
         yield from _whole(shape, plans, setting)
+        if cut_short:
+            raise OutOfTime
 
 
 def describe(config: GemmConfig) -> str:

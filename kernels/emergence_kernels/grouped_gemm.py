@@ -93,10 +93,10 @@ def grouped_sum(y_SO: Tensor, expert_offsets: Tensor, dtype: torch.dtype | None 
         row_S = torch.arange(y_SO.shape[0], device=y_SO.device)
         member_ES = (row_S >= expert_offsets[:-1, None]) & (row_S < expert_offsets[1:, None])
         member_ES = member_ES.to(y_SO.dtype)
-        if dtype == y_SO.dtype:
-            return member_ES @ y_SO
-        # the product's own dtype would round the sums before they are widened
-        return torch.mm(member_ES, y_SO, out_dtype=dtype)
+        if dtype == y_SO.dtype or y_SO.itemsize > 2:
+            return (member_ES @ y_SO).to(dtype)
+        # in 16 bits the product would round the sums before they are widened
+        return torch.mm(member_ES, y_SO, out_dtype=torch.float32).to(dtype)
     sums_EO = y_SO.new_empty(num_experts, y_SO.shape[1], dtype=dtype)
     bounds = expert_offsets.tolist()
     for e, (a, b) in enumerate(pairwise(bounds)):
