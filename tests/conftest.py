@@ -74,6 +74,14 @@ class Deprecations(logging.Handler):
 
 
 @pytest.fixture(autouse=True)
+def _no_hoarded_memory() -> Iterator[None]:
+    """Many processes share one GPU, and what each has cached the others lack."""
+    yield
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
 def _no_logged_deprecations() -> Iterator[None]:
     heard = Deprecations()
     loggers = [logging.getLogger(n) for n in ("transformers", "accelerate", "datasets", "torch")]

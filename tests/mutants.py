@@ -189,6 +189,12 @@ ROW_PRODUCT = [
         "= I if TRANSPOSED else 1",
         "= 1",
     ),
+    Mutation(
+        "rows-weight-as-it-is-where-its-transpose-is-meant",
+        "gpu/row_product.py",
+        "w, transposed = w.mT.contiguous(), False",
+        "w, transposed = w.reshape(w.mT.shape), False",
+    ),
     Mutation("rows-bias-dropped", "gpu/row_product.py", "y += tl.load(bias", "tl.load(bias"),
     Mutation(
         "rows-bias-of-the-first-expert-for-all",
@@ -424,7 +430,7 @@ SMALL_GRADIENTS = [
     Mutation(
         "routing-weights-gradient-without-the-bias",
         "gpu/small_gradients.py",
-        "total += _sum_of_shares(bias_dscale_ptr, row, inside, num_rows, N_BIAS)",
+        "total += _sum_of_shares(bias_dscale_ptr, row, num_rows, N_BIAS, BLOCK_S)",
         "total += 0.0",
     ),
     Mutation(
@@ -436,14 +442,20 @@ SMALL_GRADIENTS = [
     Mutation(
         "routing-weights-gradient-of-the-first-column-tile-every-time",
         "gpu/small_gradients.py",
-        "share_ptrs += num_rows",
-        "share_ptrs += 0",
+        "share.to(tl.int64)[:, None] * num_rows",
+        "share.to(tl.int64)[:, None] * 0",
     ),
     Mutation(
-        "routing-weights-gradient-of-the-first-column-tile-only",
+        "routing-weights-gradient-of-the-first-column-tiles-only",
         "gpu/small_gradients.py",
-        "for _ in range(N):",
-        "for _ in range(1):",
+        "range(0, N, AT_ONCE)",
+        "range(0, 1, AT_ONCE)",
+    ),
+    Mutation(
+        "routing-weights-gradient-of-column-tiles-that-are-none",
+        "gpu/small_gradients.py",
+        "(share < N)[:, None] & (row < num_rows)[None, :]",
+        "(row < num_rows)[None, :]",
     ),
     Mutation(
         "sum-of-tiles-last-tile-dropped",

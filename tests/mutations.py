@@ -34,7 +34,7 @@ settings.load_profile("mutants")
 def copy_sources(root: Path) -> None:
     """What the tests need, without builds and caches."""
     ignore = shutil.ignore_patterns("__pycache__", ".hypothesis", "*.pyc")
-    for name in ("kernels", "moe_emergence", "tests"):
+    for name in ("kernels", "moe_emergence", "benchmarks", "tests"):
         shutil.copytree(REPOSITORY / name, root / name, ignore=ignore)
     shutil.copy(REPOSITORY / "pyproject.toml", root)
     with (root / "tests/conftest.py").open("a", encoding="utf-8") as conftest:

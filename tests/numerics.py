@@ -125,16 +125,13 @@ def assert_close(
 
 
 def assert_as_accurate(
-    draws: Sequence[tuple[Results, Results, Results]],
-    dtype: torch.dtype,
-    eps: float | None = None,
+    draws: Sequence[tuple[Results, Results, Results]], dtype: torch.dtype
 ) -> None:
     """Errors against fp64, over several draws of the numbers: at most FACTOR times the plain
     path's in the mean square, and twice that in the worst element (the ratio of two maxima
     fluctuates: it reached 2.4 for paths whose mean squares agreed to 5%). No path is asked for
-    less than the error of a correctly rounded result, half an ulp; `eps` is the relative size of
-    an ulp where it is not that of `dtype`."""
-    half_ulp = (torch.finfo(dtype).eps if eps is None else eps) / 2
+    less than the error of a correctly rounded result, half an ulp."""
+    half_ulp = torch.finfo(dtype).eps / 2
     for name in draws[0][2]:
         squares, worst = [0.0, 0.0], [0.0, 0.0]
         for ours, plain, exact in draws:

@@ -16,6 +16,8 @@ from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
 from emergence_kernels.permutation import Permutation
 
 _COLUMNS_PER_TILE = 64
+_ROWS_AT_ONCE = 32
+"""Of the routing weights' shares, which lie a column tile apart: a cache line of each."""
 
 
 @triton.jit
@@ -114,13 +116,14 @@ def _sum_of_tiles(
 
 
 @triton.jit
-def _sum_of_shares(shares_ptr, row, inside, num_rows, N: tl.constexpr):
-    """Sum over N of the (N, S) shares of these rows."""
+def _sum_of_shares(shares_ptr, row, num_rows, N: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Sum over N of the (N, S) shares of these rows; as many loads in flight as at once."""
     total = tl.zeros(row.shape, dtype=tl.float32)
-    share_ptrs = shares_ptr + row
-    for _ in range(N):
-        total += tl.load(share_ptrs, mask=inside, other=0.0)
-        share_ptrs += num_rows
+    for first in range(0, N, AT_ONCE):
+        share = first + tl.arange(0, AT_ONCE)
+        inside = (share < N)[:, None] & (row < num_rows)[None, :]
+        share_ptrs = shares_ptr + share.to(tl.int64)[:, None] * num_rows + row[None, :]
+        total += tl.sum(tl.load(share_ptrs, mask=inside, other=0.0), 0)
     return total
 
 
@@ -131,7 +134,7 @@ def _sums_bwd_kernel(
     dscale_ptr,  # (N, S) fp32, by sorted row, read if N
     bias_dscale_ptr,  # (N_BIAS, S) fp32, by sorted row, read if N
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    inv_perm_ptr,  # (S,) int64: the sorted row of every slot t*K + k
+    perm_ptr,  # (S,) int64: the slot t*K + k of every sorted row
     db1_ptr,  # (E, P) out
     db2_ptr,  # (E, H) out
     dweights_ptr,  # (S,) out, by slot
@@ -165,13 +168,13 @@ def _sums_bwd_kernel(
             )  # fmt: skip
     if N > 0:  # noqa: SIM102
         if program >= before_weights:
-            slot = (program - before_weights).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
-            inside = slot < num_rows
-            row = tl.load(inv_perm_ptr + slot, mask=inside, other=0)
-            total = _sum_of_shares(dscale_ptr, row, inside, num_rows, N)
+            row = (program - before_weights).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+            slot = tl.load(perm_ptr + row, mask=row < num_rows, other=0)
+            total = _sum_of_shares(dscale_ptr, row, num_rows, N, BLOCK_S)
             if N_BIAS > 0:
-                total += _sum_of_shares(bias_dscale_ptr, row, inside, num_rows, N_BIAS)
-            tl.store(dweights_ptr + slot, total.to(dweights_ptr.dtype.element_ty), mask=inside)
+                total += _sum_of_shares(bias_dscale_ptr, row, num_rows, N_BIAS, BLOCK_S)
+            dweights = total.to(dweights_ptr.dtype.element_ty)
+            tl.store(dweights_ptr + slot, dweights, mask=row < num_rows)
 
 
 def sums(
@@ -198,13 +201,13 @@ def sums(
     blocks = num_experts * (cdiv(pre_width, 128) + cdiv(hidden, 128))
     launch(
         _sums_bwd_kernel,
-        (blocks + (0 if dscale_NS is None else cdiv(num_rows, 256)),),
+        (blocks + (0 if dscale_NS is None else cdiv(num_rows, _ROWS_AT_ONCE)),),
         db1_MP,
         db2_MH,
         dscale_NS,
         bias_dscale_NS,
         offsets,
-        permutation.inv_perm,
+        permutation.perm,
         db1,
         db2,
         dweights_TK,
@@ -218,7 +221,7 @@ def sums(
         BLOCK_M=ROWS_PER_TILE,
         BLOCK_W=128,
         AT_ONCE=16,
-        BLOCK_S=256,
+        BLOCK_S=_ROWS_AT_ONCE,
         num_warps=4,
     )
     return db1, db2, dweights_TK
