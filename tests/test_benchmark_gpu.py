@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="the stages run Triton's kernels, which is not installed")
 
@@ -117,12 +118,14 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def placed(setting: Setting) -> Iterator[Fields]:
-    yield {"note": f"it waits at {pack.REPOSITORY / 'benchmarks' / 'grid.py'}:1"}
+    yield {"note": f"it waits at {pack.REPOSITORY / 'benchmarks' / 'grid.py'}:1", "rounds": 3}
+    yield {"last_lines": [f"{torch.__file__}:2: a warning"]}
 
 
-def test_rows_do_not_say_where_the_repository_lies(tmp_path: Path) -> None:
+def test_rows_do_not_say_where_things_lie(tmp_path: Path) -> None:
     _, found = run(tmp_path, Stage("placed", placed, 60))
-    assert found["placed"]["rows"] == [{"note": f"it waits at {Path('benchmarks', 'grid.py')}:1"}]
+    here = {"note": f"it waits at {Path('benchmarks', 'grid.py')}:1", "rounds": 3}
+    assert found["placed"]["rows"] == [here, {"last_lines": ["torch/__init__.py:2: a warning"]}]
 
 
 def test_a_stage_that_was_not_begun_is_in_the_report(tmp_path: Path) -> None:
@@ -150,10 +153,12 @@ def test_the_report_shows_every_row_of_the_layers(rehearsed: Path, tmp_path: Pat
 
 
 def test_committed_results_have_their_report(tmp_path: Path) -> None:
-    results = pack.REPOSITORY / "docs" / "results" / "h200"
-    for source in results.glob("*.json"):
+    results = pack.REPOSITORY / "docs" / "results"
+    for source in (
+        path for machine in ("h100", "h200") for path in (results / machine).glob("*.json")
+    ):
         text = report.write_report(source, tmp_path).read_text("utf-8")
-        assert text == (results / f"{source.stem}.md").read_text("utf-8")
+        assert text == source.with_suffix(".md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"environment": {}, "stages": []}'])

@@ -8,9 +8,10 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,15 +161,21 @@ def _measure(stage: Stage, setting: Setting, parent: Any) -> None:
     logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
         for row in stage.measure(setting):
-            parent.send(("row", {key: _from_the_repository_on(v) for key, v in row.items()}))
+            parent.send(("row", _without_this_machine(row)))
         parent.send(("complete", None))
     except OutOfTime:
         parent.send(("out of time", None))
     except BaseException:  # noqa: BLE001 - whatever it is, it goes into the record
-        parent.send(("failed", _from_the_repository_on(traceback.format_exc())[-4000:]))
+        parent.send(("failed", _without_this_machine(traceback.format_exc())[-4000:]))
     parent.close()
 
 
-def _from_the_repository_on(value: Any) -> Any:
-    """`value`, where it is text, without the folders above the repository."""
-    return value.replace(f"{REPOSITORY}{os.sep}", "") if isinstance(value, str) else value
+def _without_this_machine(value: Any) -> Any:
+    """Paths in texts from the repository, or from the installed package, on."""
+    if isinstance(value, Mapping):
+        return {key: _without_this_machine(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_this_machine(v) for v in value]
+    if not isinstance(value, str):
+        return value
+    return re.sub(r"[^\s\"']*/site-packages/", "", value.replace(f"{REPOSITORY}{os.sep}", ""))

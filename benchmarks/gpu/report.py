@@ -112,14 +112,24 @@ def _suite(title: str, rows: Sequence[Fields]) -> list[str]:
             r["contestant"],
             r["verdict"],
             _us(r.get("median_s")),
+            _us(r.get("graph_s")),
             f"{r['tokens_per_s']:,.0f}" if "tokens_per_s" in r else "",
             f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "",
             r.get("note", ""),
         )
         for r in rows
     ]
-    head = ("group", "phase", "contestant", "verdict", "eager, us", "tokens/s", "peak MB", "note")
-    return [f"## {title}\n", table(head, cells)]
+    head = (
+        "group",
+        "phase",
+        "contestant",
+        "verdict",
+        "eager, us",
+        "graph, us",
+        "tokens/s",
+        "peak MB",
+    )
+    return [f"## {title}\n", table((*head, "note"), cells)]
 
 
 def _correctness(rows: Sequence[Fields]) -> list[str]:
