@@ -124,6 +124,9 @@ class DataConfig:
     none takes --seed."""
     balance_tokens: bool = True
     """Give every domain the same number of training blocks (shuffle, then truncate)."""
+    near_duplicates: Literal["drop", "keep"] = "drop"
+    """Training documents that are almost an evaluation document (Jaccard index of five-word
+    shingles from 0.8 on): drop them, or keep and only count them."""
     tokenizer: str = "gpt2"
     """Tokenizer: "gpt2" (from the hub), a folder with a tokenizer, or "train" (byte-level BPE on
     the train split)."""

@@ -130,6 +130,7 @@ def test_prepared_data_come_back_as_they_were(prepared, config, tmp_path) -> Non
     [
         ({"block_size": 64}, 7, "--block-size 64: the blocks in .* were made with 32"),
         ({"balance_tokens": False}, 7, "--balance-tokens False: .* were made with True"),
+        ({"near_duplicates": "keep"}, 7, "--near-duplicates keep: .* were made with drop"),
         ({}, 8, "--split-seed 8: .* were made with 7"),
         ({"split_seed": 9}, 7, "--split-seed 9: .* were made with 7"),
     ],

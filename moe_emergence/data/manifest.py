@@ -13,6 +13,7 @@ SETTINGS = {
     "block_size": "--block-size",
     "seed": "--seed",
     "balance_tokens": "--balance-tokens",
+    "near_duplicates": "--near-duplicates",
     "tokenizer": "--tokenizer",
 }
 

@@ -7,6 +7,7 @@ import torch
 
 from moe_emergence.config import DOMAINS, DataConfig
 from moe_emergence.data.manifest import describe_split
+from moe_emergence.data.near_duplicates import without_near_duplicates
 from moe_emergence.data.packing import (
     Blocks,
     PackedBlocks,
@@ -38,9 +39,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     # A tokenizer that is not there should not be found out after minutes of reading.
     ready = None if config.tokenizer == "train" else load_tokenizer(config, ())
     sources = read_sources(config, seed)
-    splits = {domain: split_texts(domain, sources[domain].texts, seed) for domain in DOMAINS}
-    for domain, split in splits.items():
-        check_no_leakage(domain, split.train, split.eval)
+    splits = {domain: split_domain(domain, sources[domain], seed, config) for domain in DOMAINS}
     all_train = [text for split in splits.values() for text in split.train]
     tokenizer = ready or load_tokenizer(config, all_train)
 
@@ -56,6 +55,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
         "block_size": config.block_size,
         "seed": seed,
         "balance_tokens": config.balance_tokens,
+        "near_duplicates": config.near_duplicates,
         "tokenizer": {
             "kind": config.tokenizer,
             "vocab_size": len(tokenizer),
@@ -78,6 +78,13 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
         eval_blocks={d: torch.from_numpy(evaluation[d].blocks) for d in DOMAINS},
         manifest=manifest,
     )
+
+
+def split_domain(domain: str, texts: DomainTexts, seed: int, config: DataConfig) -> Split:
+    """Documents to train on and others, unlike those, to evaluate on."""
+    split = split_texts(domain, texts.texts, seed)
+    check_no_leakage(domain, split.train, split.eval)
+    return without_near_duplicates(domain, split, drop=config.near_duplicates == "drop")
 
 
 def pack_split(
@@ -108,6 +115,7 @@ def describe_domain(
     return {
         "source": texts.source,
         "duplicates_dropped": split.duplicates_dropped,
+        "near_duplicates": split.near_duplicates,
         "train": describe_split(split.train, train, train_blocks),
         "eval": describe_split(split.eval, evaluation, evaluation.blocks),
     }

@@ -68,6 +68,8 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         blocks = {k: v.to(torch.int32) for k, v in load_file(folder / BLOCKS).items()}
         made = {name: manifest[name] for name in ("block_size", "seed", "balance_tokens")}
+        # folders without the entry were made before anything was dropped
+        made["near_duplicates"] = manifest.get("near_duplicates", "keep")
         expected = {
             f"{split}.{domain}": manifest["domains"][domain][split]["sha256"]
             for split in ("train", "eval")
@@ -80,6 +82,7 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
         ("--block-size", "block_size", config.block_size),
         ("--split-seed", "seed", seed),
         ("--balance-tokens", "balance_tokens", config.balance_tokens),
+        ("--near-duplicates", "near_duplicates", config.near_duplicates),
     ):
         check(
             made[name] == value,

@@ -13,11 +13,14 @@ QUOTED_CHARS = 60
 
 @dataclass(frozen=True)
 class Split:
-    """Distinct documents of one domain and how many copies were dropped to make them distinct."""
+    """Distinct documents of one domain."""
 
     train: list[str]
     eval: list[str]
     duplicates_dropped: int
+    """Copies left out to make the documents distinct."""
+    near_duplicates: int = 0
+    """Training documents that resemble one of the evaluation, dropped or not."""
 
 
 def eval_count(n: int) -> int:
