@@ -89,9 +89,9 @@ def _prepare_dense(problem: Problem) -> Contestant:
     w1_HP = w1_HP.contiguous().requires_grad_()
     w2_FH = experts.w2[:top_k].detach().flatten(0, 1).clone().requires_grad_()
     leaves = {"x": problem.x_TH, "w1": w1_HP, "w2": w2_FH}
-    if experts.b1 is not None and experts.b2 is not None:
-        b1_P = experts.b1[:top_k].detach().flatten().clone().requires_grad_()
-        b2_H = experts.b2[:top_k].detach().sum(dim=0).requires_grad_()
+    if experts.w1_bias is not None and experts.w2_bias is not None:
+        b1_P = experts.w1_bias[:top_k].detach().flatten().clone().requires_grad_()
+        b2_H = experts.w2_bias[:top_k].detach().sum(dim=0).requires_grad_()
         leaves |= {"b1": b1_P, "b2": b2_H}
 
         def run() -> Tensor:

@@ -58,8 +58,8 @@ def _gelu_experts(problem: Problem, implementation: str) -> Contestant:
     )
     with torch.device("meta"):
         module: Any = modeling.GptOssExperts(config)
-    module.gate_up_proj, module.gate_up_proj_bias = experts.w1, experts.b1
-    module.down_proj, module.down_proj_bias = experts.w2, experts.b2
+    module.gate_up_proj, module.gate_up_proj_bias = experts.w1, experts.w1_bias
+    module.down_proj, module.down_proj_bias = experts.w2, experts.w2_bias
     module._apply_gate = lambda pre: activate(pre, "gelu_tanh")
     decision = problem.decision
     return Contestant(

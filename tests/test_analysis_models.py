@@ -32,7 +32,7 @@ def test_a_zeroed_expert_is_one_whose_last_product_is_zero(family: str) -> None:
     experts = broken.get_submodule(router.name.rpartition(".")[0]).experts
     with torch.no_grad():
         for name, parameter in experts.named_parameters():
-            if name in ("down_proj", "down_proj_bias", "w2", "b2"):
+            if name in ("down_proj", "down_proj_bias", "w2", "w2_bias"):
                 parameter[2] = 0
     expected = domain_losses(broken, BLOCKS, 3)
     rows = table[(table["layer"] == router.layer) & (table["expert"] == 2)].set_index("domain")
@@ -54,7 +54,7 @@ def test_a_rerouted_expert_is_one_the_router_cannot_see(family: str) -> None:
     keep = [0, 2, 3]
     layer.experts.num_experts = 3
     with torch.no_grad():
-        for name in ("w1", "b1", "w2", "b2"):
+        for name in ("w1", "w1_bias", "w2", "w2_bias"):
             setattr(layer.experts, name, torch.nn.Parameter(getattr(layer.experts, name)[keep]))
         weight = layer.router.weight[keep].clone()
         if family == "frozen":

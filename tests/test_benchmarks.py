@@ -185,7 +185,7 @@ def test_the_gate_passes_the_sequential_path_itself(dtype) -> None:
     assert judgement.worst_ratio is not None
     assert judgement.worst_ratio <= 1
     found = dict(sequential_results(problem))
-    del found["b1"]
+    del found["w1_bias"]
     assert gate.judge(found).verdict == "failed"
 
 

@@ -2,11 +2,14 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import SIZE, VOCAB, ids, make_dense, make_model
 from transformers import (
     AutoConfig,
@@ -380,6 +383,33 @@ def test_a_bf16_load_computes_and_routes_in_fp32(tmp_path) -> None:
     assert abs(output.lm_loss - expected.lm_loss) < 0.05 * expected.lm_loss
 
 
+@pytest.mark.parametrize("shards", ["5GB", "20KB"], ids=["one file", "shards"])
+def test_biases_are_read_by_their_former_names(tmp_path: Path, shards: str) -> None:
+    model = make_model().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    expected = model(ids()).logits
+    model.save_pretrained(tmp_path / "new", max_shard_size=shards)
+    former = 0
+    for file in (tmp_path / "new").glob("*.safetensors"):
+        tensors = load_file(file)
+        assert not [name for name in tensors if name.endswith((".b1", ".b2"))]
+        renamed = {re.sub(r"w(\d)_bias$", r"b\1", name): t for name, t in tensors.items()}
+        former += sum(name.endswith((".b1", ".b2")) for name in renamed)
+        save_file(renamed, file, {"format": "pt"})
+    assert former == 4
+    for index in (tmp_path / "new").glob("*.index.json"):
+        index.write_text(re.sub(r"w(\d)_bias", r"b\1", index.read_text("utf-8")), "utf-8")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "new").eval()
+    assert torch.equal(found(ids()).logits, expected)
+    # and what was read so is written and read again
+    found.save_pretrained(tmp_path / "again")
+    again, report = MoEGPT2LMHeadModel.from_pretrained(tmp_path / "again", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(again.eval()(ids()).logits, expected)
+
+
 def test_new_weights_follow_gpt_2s_initialisation() -> None:
     torch.manual_seed(0)
     config = MoEGPT2Config(
@@ -389,7 +419,7 @@ def test_new_weights_follow_gpt_2s_initialisation() -> None:
     assert layer.router.weight.std().item() == pytest.approx(0.02, rel=0.2)
     assert layer.experts.w1.std().item() == pytest.approx(0.02, rel=0.02)
     assert layer.experts.w2.std().item() == pytest.approx(0.02 / 8**0.5, rel=0.02)
-    for zero in (layer.experts.b1, layer.experts.b2, layer.router.expert_bias):
+    for zero in (layer.experts.w1_bias, layer.experts.w2_bias, layer.router.expert_bias):
         assert not zero.any()
 
 

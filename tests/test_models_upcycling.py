@@ -85,9 +85,9 @@ def test_noise_is_relative_to_each_parameter_and_differs_between_experts() -> No
     mlp = dense.transformer.h[2].mlp
     sources = {
         "w1": mlp.c_fc.weight,
-        "b1": mlp.c_fc.bias,
+        "w1_bias": mlp.c_fc.bias,
         "w2": mlp.c_proj.weight,
-        "b2": mlp.c_proj.bias,
+        "w2_bias": mlp.c_proj.bias,
     }
     for name, source in sources.items():
         delta = (getattr(experts, name) - source).detach().double()
@@ -115,7 +115,7 @@ def test_everything_but_the_chosen_mlps_is_copied_bitwise() -> None:
             assert torch.equal(state[name], tensor), name
             assert state[name].data_ptr() != dense.state_dict()[name].data_ptr()
     new = {name.split(".mlp.")[1] for name in state.keys() - before.keys()}
-    assert new == {"router.weight", *(f"experts.{n}" for n in ("w1", "b1", "w2", "b2"))}
+    assert new == {"router.weight", *(f"experts.{n}" for n in ("w1", "w1_bias", "w2", "w2_bias"))}
 
 
 def test_the_dense_model_shares_nothing_with_the_mixture() -> None:

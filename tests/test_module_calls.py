@@ -139,7 +139,7 @@ def test_experts_that_are_sharded_by_themselves(path: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["w1", "w2", "b1"])
+@pytest.mark.parametrize("name", ["w1", "w2", "w1_bias"])
 def test_low_rank_adapters_of_the_experts(name: str, path: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="adapters are made by peft, which is not installed")
     model = make(path)

@@ -90,7 +90,7 @@ def loop_over_tokens(x_TH, decision, experts) -> torch.Tensor:
         for k in range(decision.topk_experts.shape[1]):
             e = int(decision.topk_experts[t, k])
             pre = x_TH[t] @ experts.w1[e]
-            pre = pre if experts.b1 is None else pre + experts.b1[e]
+            pre = pre if experts.w1_bias is None else pre + experts.w1_bias[e]
             if experts.activation == "swiglu":
                 gate, up = pre[: len(pre) // 2], pre[len(pre) // 2 :]
                 act = gate * torch.sigmoid(gate) * up
@@ -98,7 +98,7 @@ def loop_over_tokens(x_TH, decision, experts) -> torch.Tensor:
                 inner = (2 / torch.pi) ** 0.5 * (pre + 0.044715 * pre**3)
                 act = 0.5 * pre * (1 + torch.tanh(inner))
             out = act @ experts.w2[e]
-            out = out if experts.b2 is None else out + experts.b2[e]
+            out = out if experts.w2_bias is None else out + experts.w2_bias[e]
             row = row + decision.topk_weights[t, k] * out
         rows.append(row)
     return torch.stack(rows)
@@ -207,15 +207,15 @@ def cases(draw):
 
 
 WANTED = {
-    "everything": ("x", "weights", "w1", "b1", "w2", "b2"),
+    "everything": ("x", "weights", "w1", "w1_bias", "w2", "w2_bias"),
     "only x": ("x",),
     "only the router's weights": ("weights",),
     "only w1": ("w1",),
-    "only b1": ("b1",),
+    "only b1": ("w1_bias",),
     "only w2": ("w2",),
-    "only b2": ("b2",),
+    "only b2": ("w2_bias",),
     "frozen experts": ("x", "weights"),
-    "experts alone": ("w1", "b1", "w2", "b2"),
+    "experts alone": ("w1", "w1_bias", "w2", "w2_bias"),
     "nothing": (),
 }
 
@@ -380,7 +380,7 @@ def test_bias_gradients_of_thousands_of_tokens_are_summed_in_fp32(name, dtype) -
     )
     x_TH = randn(4096, 16).to(dtype)
     found = run(name, x_TH, decision, experts, torch.ones(4096, 16, dtype=dtype))
-    assert found["b2"].tolist() == [[0.0] * 16, [4096.0] * 16]
+    assert found["w2_bias"].tolist() == [[0.0] * 16, [4096.0] * 16]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -391,12 +391,12 @@ def test_the_weighted_sum_of_a_token_is_rounded_once(name, dtype) -> None:
     experts = make_experts(8, 16, 16, "gelu_tanh").to(dtype)
     with torch.no_grad():
         experts.w2.zero_()
-        experts.b2.copy_(1 + torch.rand(8, 16, generator=seeded(1)))
+        experts.w2_bias.copy_(1 + torch.rand(8, 16, generator=seeded(1)))
     chosen = choose(64, 8, 8, "random", 2)
     weights = torch.rand(64, 8, generator=seeded(3)).softmax(dim=1)
     decision = RouterDecision(*[torch.full((64, 8), 1 / 8)] * 3, chosen, weights)
     y_TH = get_dispatcher(name)(randn(64, 16).to(dtype), decision, experts)
-    exact = (weights.double().unsqueeze(-1) * experts.b2.detach().double()[chosen]).sum(dim=1)
+    exact = (weights.double().unsqueeze(-1) * experts.w2_bias.detach().double()[chosen]).sum(dim=1)
     # half an ulp, and eight fp32 roundings on the way
     bound = torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
     assert ((y_TH.double() - exact).abs() <= bound * exact).all()
@@ -479,7 +479,7 @@ def test_experts_without_tokens_get_a_zero_gradient_not_none_or_nan(name) -> Non
     x_TH = randn(6, 8, dtype=torch.float32).requires_grad_()
     with poisoned_empty():
         found = run(name, x_TH, decision, experts, randn(6, 8, seed=1, dtype=torch.float32))
-    for key in ("w1", "b1", "w2", "b2"):
+    for key in ("w1", "w1_bias", "w2", "w2_bias"):
         assert (found[key][[0, 1, 3]] == 0).all()
         assert found[key][2].abs().max() > 0
 
@@ -593,7 +593,7 @@ def test_one_state_dict_serves_every_dispatcher(activation, fake_megablocks) -> 
     state = layers["sequential"].state_dict()
     expected = {"router.weight", "experts.w1", "experts.w2"}
     if activation == "gelu_tanh":
-        expected |= {"experts.b1", "experts.b2"}
+        expected |= {"experts.w1_bias", "experts.w2_bias"}
     assert set(state) == expected
     x = randn(10, 8, dtype=torch.float32)
     y = layers["sequential"](x)[0]

@@ -80,7 +80,7 @@ class _View:
     def __init__(self, experts: Experts, tensors: dict[str, Tensor]) -> None:
         self.activation, self.num_experts = experts.activation, experts.num_experts
         self.w1, self.w2 = tensors["w1"], tensors["w2"]
-        self.b1, self.b2 = tensors.get("b1"), tensors.get("b2")
+        self.w1_bias, self.w2_bias = tensors.get("w1_bias"), tensors.get("w2_bias")
 
     unbind = Experts.unbind
 
@@ -173,8 +173,12 @@ def one_wrong_row(gradient: Tensor) -> Tensor:
 BROKEN = {
     "swapped expert of one token": (swapped_expert, "fp32", "y"),
     "swapped expert of one token in bf16": (swapped_expert, "bf16", "y"),
-    "missing bias gradient": (WithGradient("b2", lambda g: None), "fp32", "b2: no gradient"),
-    "zero bias gradient": (WithGradient("b1", torch.zeros_like), "fp32", "b1"),
+    "missing bias gradient": (
+        WithGradient("w2_bias", lambda g: None),
+        "fp32",
+        "w2_bias: no gradient",
+    ),
+    "zero bias gradient": (WithGradient("w1_bias", torch.zeros_like), "fp32", "w1_bias"),
     "zero weight gradient": (WithGradient("w1", torch.zeros_like), "bf16", "w1"),
     "transposed signs": (WithGradient("w2", torch.neg), "fp16", "w2"),
     "dropped tail row": (dropped_tail, "fp32", "y"),
@@ -188,9 +192,13 @@ BROKEN = {
     "weights ignored": (ignores_weights, "fp32", "y"),
     "bf16 combine": (low_precision_combine, "bf16", "y"),
     "fp16 combine": (low_precision_combine, "fp16", "y"),
-    "bf16 sum of a bias gradient": (low_precision_bias_sum, "bf16", "b2"),
+    "bf16 sum of a bias gradient": (low_precision_bias_sum, "bf16", "w2_bias"),
     "NaN for an empty expert": (WithGradient("w1", empty_nan), "fp32", "w1: not finite"),
-    "not zero for an empty expert": (WithGradient("b1", empty_nonzero), "fp32", "b1: not zero"),
+    "not zero for an empty expert": (
+        WithGradient("w1_bias", empty_nonzero),
+        "fp32",
+        "w1_bias: not zero",
+    ),
     "wrong dtype": (wrong_dtype, "bf16", "y: torch.float64 instead of torch.bfloat16"),
     "an exception": (raising, "fp32", "RuntimeError: illegal memory access"),
 }
@@ -268,7 +276,7 @@ def test_the_same_seed_gives_the_same_certificate_and_leaves_the_global_generato
 def test_every_tensor_is_judged() -> None:
     certificate = judged(get_dispatcher("fused"), "fp32", [NAMED["top-2", "gelu_tanh"]])
     assert {verdict.tensor for verdict in certificate.rows[0].tensors} == {
-        *("y", "x", "w1", "b1", "w2", "b2", "routing weights"),
+        *("y", "x", "w1", "w1_bias", "w2", "w2_bias", "routing weights"),
         *("router by task", "router by balance", "router by z"),
     }
 
@@ -276,7 +284,7 @@ def test_every_tensor_is_judged() -> None:
 @pytest.mark.parametrize(
     ("name", "without"),
     [
-        ("frozen experts", {"w1", "b1", "w2", "b2"}),
+        ("frozen experts", {"w1", "w1_bias", "w2", "w2_bias"}),
         ("frozen x", {"x"}),
         ("frozen router", {"routing weights", "router by task", "router by z"}),
         ("hash router", {"routing weights", "router by task", "router by z"}),

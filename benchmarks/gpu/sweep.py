@@ -154,8 +154,8 @@ def _whole(shape: Shape, plans: dict[str, GemmPlan], setting: Setting) -> Iterat
     def full(plan: GemmPlan) -> object:
         permutation = sort_by_expert(decision.topk_experts, experts.num_experts)
         y_TH = expert_mlp(
-            problem.x_TH, decision.topk_weights, experts.w1, experts.b1, experts.w2, experts.b2,
-            permutation, experts.activation, plan,
+            problem.x_TH, decision.topk_weights, experts.w1, experts.w1_bias, experts.w2,
+            experts.w2_bias, permutation, experts.activation, plan,
         )  # fmt: skip
         return torch.autograd.grad(y_TH, leaves, problem.dy_TH)
 

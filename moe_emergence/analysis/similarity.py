@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_emergence.analysis.routers import RouterInfo, RouterReader
+from moe_emergence.models.upcycling import DENSE_NAMES
 from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.dispatch import Dispatcher
 from moe_emergence.moe.experts import Experts
@@ -86,13 +87,14 @@ def stacked_weights(experts: nn.Module) -> dict[str, Tensor] | None:
 
 def _start(stacked: Mapping[str, Tensor], base: nn.Module | None, layer: int) -> Tensor | None:
     """The dense MLP that every expert began as, in the order of `stacked`; None where unknown."""
-    if base is None or set(stacked) != {"w1", "b1", "w2", "b2"}:
+    if base is None or set(stacked) != set(DENSE_NAMES):
         return None
     parts = dict(base.get_submodule(f"transformer.h.{layer}.mlp").named_parameters())
-    names = {"w1": "c_fc.weight", "b1": "c_fc.bias", "w2": "c_proj.weight", "b2": "c_proj.bias"}
-    if any(parts[names[n]].shape != stacked[n].shape[1:] for n in stacked):
+    if any(parts[DENSE_NAMES[n]].shape != stacked[n].shape[1:] for n in stacked):
         return None
-    return torch.cat([parts[names[n]].float().flatten() for n in stacked]).to(stacked["w1"].device)
+    return torch.cat([parts[DENSE_NAMES[n]].float().flatten() for n in stacked]).to(
+        stacked["w1"].device
+    )
 
 
 def _parent(model: nn.Module, router: RouterInfo) -> nn.Module:

@@ -206,7 +206,7 @@ def _exactly_wrong(name: str, draw: Draw) -> str | None:
         return f"{found.dtype} instead of {sequential.dtype}"
     if not found.isfinite().all():
         return "not finite"
-    if name in ("w1", "b1", "w2", "b2"):
+    if name in ("w1", "w1_bias", "w2", "w2_bias"):
         empty_E = (exact == 0).flatten(1).all(dim=1)
         if found[empty_E].any():
             return "not zero for an expert without tokens"

@@ -28,6 +28,8 @@ from moe_emergence.moe.tuning import TuningTable
 
 logger = get_logger(__name__)
 
+_FORMER_NAMES = {rf"\.experts\.b{i}": f".experts.w{i}_bias" for i in (1, 2)}
+
 
 class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
     """Weight initialisation, and what transformers needs to know about the family."""
@@ -41,6 +43,12 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
         "attentions": OutputRecorder(GPT2Attention, index=1),
     }
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As transformers' own; experts' biases are also read by the names b1 and b2."""
+        options["key_mapping"] = _FORMER_NAMES | (options.get("key_mapping") or {})
+        return super().from_pretrained(*args, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -52,7 +60,7 @@ class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
         elif isinstance(module, Experts):
             init.normal_(module.w1, std=std)
             init.normal_(module.w2, std=std / math.sqrt(2 * self.config.n_layer))
-            for bias in (module.b1, module.b2):
+            for bias in (module.w1_bias, module.w2_bias):
                 if bias is not None:
                     init.zeros_(bias)
 

@@ -81,7 +81,7 @@ def upcycle(
     model.generation_config = copy.deepcopy(dense_model.generation_config)
     state = dense_model.state_dict()
     missing, unexpected = model.load_state_dict(state, strict=False)
-    converted = {f"transformer.h.{i}.mlp.{n}" for i in layers for n in _DENSE_NAMES.values()}
+    converted = {f"transformer.h.{i}.mlp.{n}" for i in layers for n in DENSE_NAMES.values()}
     _check_parameters(converted, set(state), set(missing), set(unexpected))
     generator = torch.Generator().manual_seed(seed)
     for index, layer in model.moe_layers().items():
@@ -94,11 +94,11 @@ def upcycle(
 
 
 _OWN_KEYS = frozenset({"model_type", "architectures", "transformers_version", "dtype"})
-_DENSE_NAMES = {
+DENSE_NAMES = {
     "w1": "c_fc.weight",
-    "b1": "c_fc.bias",
+    "w1_bias": "c_fc.bias",
     "w2": "c_proj.weight",
-    "b2": "c_proj.bias",
+    "w2_bias": "c_proj.bias",
 }
 
 
@@ -122,7 +122,7 @@ def _freeze_alike(model: MoEGPT2LMHeadModel, dense_model: GPT2LMHeadModel) -> No
     frozen = {name for name, p in dense_model.named_parameters() if not p.requires_grad}
     for name, parameter in model.named_parameters():
         prefix, _, own = name.rpartition("experts.")
-        parameter.requires_grad_((prefix + _DENSE_NAMES[own] if prefix else name) not in frozen)
+        parameter.requires_grad_((prefix + DENSE_NAMES[own] if prefix else name) not in frozen)
 
 
 def _copy_mlp(
@@ -132,7 +132,7 @@ def _copy_mlp(
     noise: float,
     generator: torch.Generator,
 ) -> None:
-    for name, dense_name in _DENSE_NAMES.items():
+    for name, dense_name in DENSE_NAMES.items():
         source = state[prefix + dense_name]
         target = getattr(layer.experts, name)
         deviates = torch.randn(target.shape, generator=generator).to(target)

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 class Experts(nn.Module):
     """E two-layer MLPs of the same shape.
 
-    "gelu_tanh" experts are GPT-2's MLP: w1 (E, H, F), b1 (E, F), w2 (E, F, H), b2 (E, H).
+    "gelu_tanh" experts are GPT-2's MLP: w1 (E, H, F), w1_bias (E, F), w2 (E, F, H), w2_bias (E, H).
+    Stacked biases are matrices: "bias" in the name keeps optimizers from decaying them.
     "swiglu" experts have no biases and w1 (E, H, 2F): the gate's columns, then the up projection's.
     The layout (in, out) is that of GPT-2's `Conv1D` and of `torch.nn.functional.grouped_mm`.
     """
 
-    b1: nn.Parameter | None
-    b2: nn.Parameter | None
+    w1_bias: nn.Parameter | None
+    w2_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -41,11 +42,11 @@ class Experts(nn.Module):
         self.w1 = nn.Parameter(torch.empty(num_experts, hidden_size, width))
         self.w2 = nn.Parameter(torch.empty(num_experts, expert_size, hidden_size))
         if activation == "gelu_tanh":
-            self.b1 = nn.Parameter(torch.empty(num_experts, width))
-            self.b2 = nn.Parameter(torch.empty(num_experts, hidden_size))
+            self.w1_bias = nn.Parameter(torch.empty(num_experts, width))
+            self.w2_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
         else:
-            self.register_parameter("b1", None)
-            self.register_parameter("b2", None)
+            self.register_parameter("w1_bias", None)
+            self.register_parameter("w2_bias", None)
         self.reset_parameters()
 
     def forward(self, x_TH: Tensor, decision: "RouterDecision", dispatcher: "Dispatcher") -> Tensor:
@@ -60,7 +61,7 @@ class Experts(nn.Module):
         """GPT-2's initialisation: normal weights with standard deviation `std`, zero biases."""
         nn.init.normal_(self.w1, std=std)
         nn.init.normal_(self.w2, std=std)
-        for bias in (self.b1, self.b2):
+        for bias in (self.w1_bias, self.w2_bias):
             if bias is not None:
                 nn.init.zeros_(bias)
 
@@ -71,6 +72,6 @@ class Experts(nn.Module):
         instead of a full zero tensor per expert.
         """
         none: list[Tensor | None] = [None] * self.num_experts
-        b1 = none if self.b1 is None else list(self.b1.unbind())
-        b2 = none if self.b2 is None else list(self.b2.unbind())
+        b1 = none if self.w1_bias is None else list(self.w1_bias.unbind())
+        b2 = none if self.w2_bias is None else list(self.w2_bias.unbind())
         return list(zip(self.w1.unbind(), b1, self.w2.unbind(), b2, strict=True))

@@ -68,10 +68,10 @@ def grouped_experts(
     # as a product, so that the biases' gradients are summed in fp32 and always in one order
     member_SE = functional.one_hot(sorted_experts_S, experts.num_experts).to(dtype)
     pre_SP = product(rows_SH.to(dtype), experts.w1.to(dtype), expert_offsets)
-    if experts.b1 is not None:
-        pre_SP = pre_SP + member_SE @ experts.b1.to(dtype)
+    if experts.w1_bias is not None:
+        pre_SP = pre_SP + member_SE @ experts.w1_bias.to(dtype)
     act_SF = activate(pre_SP, experts.activation)
     out_SH = product(act_SF, experts.w2.to(dtype), expert_offsets)
-    if experts.b2 is not None:
-        out_SH = out_SH + member_SE @ experts.b2.to(dtype)
+    if experts.w2_bias is not None:
+        out_SH = out_SH + member_SE @ experts.w2_bias.to(dtype)
     return out_SH

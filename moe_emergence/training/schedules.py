@@ -25,8 +25,8 @@ def noise_std(step: int, optim: OptimConfig) -> float:
 def build_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices; biases (the experts' too) and norms are not decayed."""
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    no_decay = [p for n, p in trained if p.ndim < 2 or n.endswith((".b1", ".b2"))]
-    decay = [p for n, p in trained if not (p.ndim < 2 or n.endswith((".b1", ".b2")))]
+    no_decay = [p for n, p in trained if p.ndim < 2 or "bias" in n]
+    decay = [p for n, p in trained if not (p.ndim < 2 or "bias" in n)]
     groups = [
         {"params": decay, "weight_decay": optim.weight_decay},
         {"params": no_decay, "weight_decay": 0.0},
