@@ -8,10 +8,10 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.config import DOMAINS, DataConfig, RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.data.near_duplicates import (
     SIMILARITY,
@@ -19,7 +19,9 @@ from moe_emergence.data.near_duplicates import (
     shingles,
     without_near_duplicates,
 )
+from moe_emergence.data.prepare import split_domains
 from moe_emergence.data.split import Split
+from moe_emergence.data.texts import DomainTexts
 
 TOKYO = "東京は日本の首都であり世界最大の都市の一つです"
 LOGGER = "moe_emergence.data.near_duplicates"
@@ -37,6 +39,7 @@ def edited(text: str, *places: int) -> str:
     return " ".join(words)
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 79), max_size=4)), max_size=12),
     st.sets(st.integers(0, 5), max_size=4),
@@ -84,8 +87,8 @@ def test_no_documents_are_near() -> None:
 def test_they_are_dropped_or_kept_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     split = Split([document(1), edited(document(0), 9), document(2)], [document(0)], 4)
     with caplog.at_level(logging.INFO, LOGGER):
-        dropped = without_near_duplicates("code", split, drop=True)
-        kept = without_near_duplicates("code", split, drop=False)
+        dropped = without_near_duplicates("code", split, split.eval, drop=True)
+        kept = without_near_duplicates("code", split, split.eval, drop=False)
     assert dropped == Split([document(1), document(2)], split.eval, 4, 1)
     assert kept == dataclasses.replace(split, near_duplicates=1)
     said = [(r.levelname, r.getMessage()) for r in caplog.records]
@@ -98,14 +101,14 @@ def test_they_are_dropped_or_kept_and_counted(caplog: pytest.LogCaptureFixture) 
 
 def test_nothing_is_said_of_none(caplog: pytest.LogCaptureFixture) -> None:
     split = Split([document(1)], [document(0)], 0)
-    assert without_near_duplicates("code", split, drop=True) == split
+    assert without_near_duplicates("code", split, split.eval, drop=True) == split
     assert not [r for r in caplog.records if r.name == LOGGER]
 
 
 def test_a_domain_that_is_nothing_else_is_refused() -> None:
     split = Split([edited(document(0), 3)], [document(0)], 0)
     with pytest.raises(ValueError, match=r"^prose: every training .* --data, or --near-duplicates"):
-        without_near_duplicates("prose", split, drop=True)
+        without_near_duplicates("prose", split, split.eval, drop=True)
 
 
 def test_a_run_does_not_train_on_them(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -128,3 +131,24 @@ def test_a_run_does_not_train_on_them(tiny_config: RunConfig, tmp_path: Path) ->
         left_out = theirs["train"]["documents"] - ours["train"]["documents"]
         assert left_out == ours["near_duplicates"]
         assert ours["eval"]["documents"] == theirs["eval"]["documents"] == 10
+
+
+@pytest.mark.parametrize("keep", ["drop", "keep"])
+def test_no_domain_learns_what_another_is_evaluated_on(keep: str) -> None:
+    """Documents that several domains share, as they are or edited."""
+    rng = random.Random(0)
+    sources = {
+        domain: DomainTexts(
+            [edited(document(i), rng.randrange(80)) for i in range(50 * n, 150)], {}
+        )
+        for n, domain in enumerate(DOMAINS)
+    }
+    splits = split_domains(sources, 0, DataConfig(near_duplicates=keep))
+    shared = sum(
+        bool(near_duplicates(domain, [text], split.eval))
+        for domain in DOMAINS
+        for split in splits.values()
+        for text in splits[domain].train
+    )
+    assert (shared == 0) == (keep == "drop")
+    assert all(split.near_duplicates > 0 for split in splits.values())

@@ -63,12 +63,15 @@ def jaccard(first: frozenset[str], second: frozenset[str]) -> float:
     return common / (len(first) + len(second) - common)
 
 
-def without_near_duplicates(domain: str, split: Split, *, drop: bool) -> Split:
-    """`split` with its near-duplicates counted, and dropped from the train split if `drop`.
+def without_near_duplicates(
+    domain: str, split: Split, eval_texts: Sequence[str], *, drop: bool
+) -> Split:
+    """`split` with the near-duplicates of `eval_texts`, those of every domain, counted, and dropped
+    from the train split if `drop`.
 
     Raises `ValueError` naming the domain and the flag if nothing would be left to train on.
     """
-    found = near_duplicates(domain, split.train, split.eval)
+    found = near_duplicates(domain, split.train, eval_texts)
     if found:
         _log.log(
             logging.INFO if drop else logging.WARNING,

@@ -39,7 +39,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     # A tokenizer that is not there should not be found out after minutes of reading.
     ready = None if config.tokenizer == "train" else load_tokenizer(config, ())
     sources = read_sources(config, seed)
-    splits = {domain: split_domain(domain, sources[domain], seed, config) for domain in DOMAINS}
+    splits = split_domains(sources, seed, config)
     all_train = [text for split in splits.values() for text in split.train]
     tokenizer = ready or load_tokenizer(config, all_train)
 
@@ -80,11 +80,16 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     )
 
 
-def split_domain(domain: str, texts: DomainTexts, seed: int, config: DataConfig) -> Split:
-    """Documents to train on and others, unlike those, to evaluate on."""
-    split = split_texts(domain, texts.texts, seed)
-    check_no_leakage(domain, split.train, split.eval)
-    return without_near_duplicates(domain, split, drop=config.near_duplicates == "drop")
+def split_domains(
+    sources: Mapping[str, DomainTexts], seed: int, config: DataConfig
+) -> dict[str, Split]:
+    """Of every domain documents to train on and others, unlike all of those, to evaluate on."""
+    splits = {domain: split_texts(domain, sources[domain].texts, seed) for domain in DOMAINS}
+    for domain, split in splits.items():
+        check_no_leakage(domain, split.train, split.eval)
+    evaluation = [text for split in splits.values() for text in split.eval]
+    drop = config.near_duplicates == "drop"
+    return {d: without_near_duplicates(d, s, evaluation, drop=drop) for d, s in splits.items()}
 
 
 def pack_split(

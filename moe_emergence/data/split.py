@@ -20,7 +20,7 @@ class Split:
     duplicates_dropped: int
     """Copies left out to make the documents distinct."""
     near_duplicates: int = 0
-    """Training documents that resemble one of the evaluation, dropped or not."""
+    """Training documents that resemble an evaluation document of any domain, dropped or not."""
 
 
 def eval_count(n: int) -> int:
