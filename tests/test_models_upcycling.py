@@ -173,6 +173,46 @@ def test_it_keeps_the_dtype_of_the_dense_model(dtype) -> None:
     assert (found - expected).abs().max() <= bound
 
 
+@pytest.mark.parametrize("says", [True, False], ids=["says tied", "says untied"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_head_is_what_it_was_whatever_the_configuration_says(tied: bool, says: bool) -> None:
+    dense = make_dense()
+    if not tied:
+        dense.lm_head.weight = torch.nn.Parameter(torch.randn_like(dense.lm_head.weight))
+    dense.config.tie_word_embeddings = says
+    model = upcycle(dense, [1], 4, 1, noise=0.0)
+    torch.testing.assert_close(model(ids()).logits, dense(ids()).logits, rtol=1e-5, atol=1e-5)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+    assert model.config.tie_word_embeddings == tied
+
+
+def test_every_parameter_keeps_its_own_dtype() -> None:
+    """Embeddings in bf16 do not round the rest, nor a block in fp64 the other way."""
+    dense = make_dense().eval()
+    dense.transformer.wte.to(torch.bfloat16)
+    dense.transformer.h[1].mlp.to(torch.float64)
+    dense.transformer.h[2].mlp.c_fc.to(torch.float64)
+    model = upcycle(dense, [1, 3], 4, 1, noise=0.0)
+    theirs = dict(dense.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in theirs:
+            assert parameter.dtype == theirs[name].dtype, name
+            assert torch.equal(parameter, theirs[name]), name
+    for name, dense_name in (("w1", "c_fc.weight"), ("w2_bias", "c_proj.bias")):
+        ours = getattr(model.moe_layers()[1].experts, name)
+        theirs_now = theirs[f"transformer.h.1.mlp.{dense_name}"]
+        assert ours.dtype == torch.float64
+        assert torch.equal(ours[2], theirs_now)
+    assert model.moe_layers()[3].experts.w1.dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_it_keeps_the_implementation_of_attention(attention: str) -> None:
+    dense = make_dense()
+    dense.set_attn_implementation(attention)
+    assert upcycle(dense, [1], 4, 1).config._attn_implementation == attention
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_gradient_reaches_the_router_and_every_used_expert(top_k) -> None:
     model = upcycle(make_dense(), [1, 3], 4, top_k, noise=1e-2, lb_coef=0.0, z_coef=0.0)

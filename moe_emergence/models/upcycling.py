@@ -38,7 +38,8 @@ def upcycle(
     Every expert is a copy of its layer's MLP plus Gaussian noise of `noise` times the standard
     deviation of each parameter; everything else is copied exactly. With noise 0 the logits equal
     the dense model's, unless a top-1 expert is weighted by its probability. The dense model is not
-    changed. Frozen parameters stay frozen in every copy, and activation checkpointing stays on.
+    changed. Every copy keeps its dtype and stays frozen if it was; activation checkpointing,
+    the attention's implementation and whether the head is tied stay what they were.
 
     Args:
         dense_model: GPT-2 with its tanh GELU.
@@ -64,6 +65,9 @@ def upcycle(
             f"({' or '.join(TANH_GELU)}), not {dense.activation_function}"
         )
     inherited = {k: v for k, v in dense.to_dict().items() if k not in _OWN_KEYS}
+    # what the weights are, whatever the configuration says
+    tied = dense_model.lm_head.weight is dense_model.transformer.wte.weight
+    inherited |= {"tie_word_embeddings": tied, "attn_implementation": dense._attn_implementation}
     config = MoEGPT2Config(
         **inherited,
         moe_layers=list(layers),
@@ -78,6 +82,7 @@ def upcycle(
     )
     model = MoEGPT2LMHeadModel(config)
     torch.nn.Module.to(model, dense_model.device, dense_model.dtype)
+    _take_after(model, dense_model)
     model.generation_config = copy.deepcopy(dense_model.generation_config)
     state = dense_model.state_dict()
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -86,7 +91,6 @@ def upcycle(
     generator = torch.Generator().manual_seed(seed)
     for index, layer in model.moe_layers().items():
         _copy_mlp(layer, state, f"transformer.h.{index}.mlp.", noise, generator)
-    _freeze_alike(model, dense_model)
     if dense_model.transformer.gradient_checkpointing:
         model.activation_checkpointing_enable()
     model.set_dispatch(dispatch)
@@ -117,12 +121,15 @@ def _check_parameters(
         )
 
 
-def _freeze_alike(model: MoEGPT2LMHeadModel, dense_model: GPT2LMHeadModel) -> None:
-    """What the dense model does not train, the mixture does not either."""
-    frozen = {name for name, p in dense_model.named_parameters() if not p.requires_grad}
+def _take_after(model: MoEGPT2LMHeadModel, dense_model: GPT2LMHeadModel) -> None:
+    """Every parameter has the dtype, and is trained or not, as the dense model's."""
+    theirs = dict(dense_model.named_parameters())
     for name, parameter in model.named_parameters():
         prefix, _, own = name.rpartition("experts.")
-        parameter.requires_grad_((prefix + DENSE_NAMES[own] if prefix else name) not in frozen)
+        original = theirs.get(prefix + DENSE_NAMES[own] if prefix else name)
+        if original is not None:
+            parameter.data = parameter.data.to(original.dtype)
+            parameter.requires_grad_(original.requires_grad)
 
 
 def _copy_mlp(
