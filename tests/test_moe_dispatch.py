@@ -35,7 +35,6 @@ from moe_emergence.moe import (
     auxiliary_losses,
     get_dispatcher,
 )
-from moe_emergence.moe.dispatch import unmeasured_path
 
 ACTIVATIONS = ("gelu_tanh", "swiglu")
 
@@ -535,42 +534,6 @@ def test_fused_keeps_at_most_half_of_what_sequential_keeps(autocast, top_k, acti
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         fused, sequential = (saved_bytes(name, layer, x) for name in ("fused", "sequential"))
     assert fused <= sequential / 2, f"{fused / 1e6:.2f} MB against {sequential / 1e6:.2f} MB"
-
-
-# auto -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "path"),
-    [
-        ({}, "grouped"),
-        ({"tokens": 256}, "fused"),
-        ({"tokens": 256, "top_k": 8}, "grouped"),
-        ({"dtype": torch.bfloat16}, "fused"),
-        ({"dtype": FP64}, "fused"),
-        ({"precision": "high"}, "fused"),
-        ({"width": 3070}, "fused"),
-        ({"width": 256}, "fused"),
-        ({"is_cuda": False}, "fused"),
-    ],
-    ids=str,
-)
-def test_ieee_fp32_products_of_many_rows_are_left_to_torch_on_a_gpu(changes, path) -> None:
-    """A decision about tensors on a device that need not be there."""
-    of = {"tokens": 2048, "top_k": 1, "dtype": torch.float32, "precision": "highest", "width": 3072}
-    of |= {"is_cuda": True, **changes}
-    x_TH = types.SimpleNamespace(
-        is_cuda=of["is_cuda"], dtype=of["dtype"], shape=(of["tokens"], 768)
-    )
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(of["precision"])
-    try:
-        with torch.device("meta"):
-            experts = Experts(8, 768, of["width"], "gelu_tanh")
-        found = unmeasured_path(x_TH, of["top_k"], experts)
-    finally:
-        torch.set_float32_matmul_precision(before)
-    assert found == path
 
 
 # names ------------------------------------------------------------------------------------------
