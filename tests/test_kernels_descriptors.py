@@ -28,13 +28,15 @@ SHAPES = {
 """T, H, F, E, K."""
 
 
-def run(shape: tuple[int, ...], activation: Activation, config: GemmConfig) -> list[torch.Tensor]:
+def run(
+    shape: tuple[int, ...], activation: Activation, config: GemmConfig, dtype: torch.dtype
+) -> list[torch.Tensor]:
     """Output and gradients from inputs that only depend on the shape."""
     tokens, hidden, width, experts, top_k = shape
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator).to(KERNEL_DEVICE)
+        return torch.randn(*size, generator=generator).to(KERNEL_DEVICE, dtype)
 
     pre_width = pre_activation_width(activation, width)
     chosen = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :top_k]
@@ -53,22 +55,29 @@ def run(shape: tuple[int, ...], activation: Activation, config: GemmConfig) -> l
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-def test_descriptors_load_the_same_tiles(shape: tuple[int, ...], activation: Activation) -> None:
-    expected = run(shape, activation, PLAIN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_descriptors_load_the_same_tiles(
+    shape: tuple[int, ...], activation: Activation, dtype: torch.dtype
+) -> None:
+    """A weight of IEEE fp32 is transposed before, one of 16 bits as it is loaded."""
+    expected = run(shape, activation, PLAIN, dtype)
+    relative = max(1e-5, torch.finfo(dtype).eps)
     configs = [*DESCRIBED.values()]
     if KERNEL_DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 10:
         # where nothing chooses to specialize warps, Triton fails to for tiles this small
         configs = [replace(config, specialize=False) for config in configs]
-    results = [run(shape, activation, config) for config in configs]
+    results = [run(shape, activation, config, dtype) for config in configs]
     for result in results:
         for found, wanted in zip(result, expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max())
+            torch.testing.assert_close(
+                found, wanted, rtol=relative, atol=1e-5 * float(wanted.abs().max())
+            )
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_descriptors_are_used_where_rows_are_aligned(shape: tuple[int, ...]) -> None:
     with recorded_launches() as launches:
-        run(shape, "gelu_tanh", DESCRIBED["descriptors"])
+        run(shape, "gelu_tanh", DESCRIBED["descriptors"], torch.float32)
     used = [launch.options["TMA"] for launch in launches if "TMA" in launch.options]
     aligned = shape[1] % 4 == 0
     has_descriptors = KERNEL_DEVICE == "cpu" or torch.cuda.get_device_capability()[0] >= 9
