@@ -536,6 +536,18 @@ def test_fused_keeps_at_most_half_of_what_sequential_keeps(autocast, top_k, acti
     assert fused <= sequential / 2, f"{fused / 1e6:.2f} MB against {sequential / 1e6:.2f} MB"
 
 
+# auto -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP64], ids=str)
+def test_auto_takes_the_fused_path_where_nothing_was_measured(dtype) -> None:
+    auto = get_dispatcher("auto")
+    auto.paths = {name: lambda *_, taken=name: taken for name in auto.paths}
+    decision = make_decision(torch.zeros(4096, 2, dtype=torch.long), 4, dtype)
+    experts = make_experts(4, 8, 16, "gelu_tanh").to(dtype)
+    assert auto(randn(4096, 8, dtype=dtype), decision, experts) == "fused"
+
+
 # names ------------------------------------------------------------------------------------------
 
 
