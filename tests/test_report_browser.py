@@ -1,7 +1,6 @@
 """report.html in headless Chromium: what is seen, pressed and walked through with keys."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -58,17 +57,12 @@ def opened(browser: Any, report: Path, width: int, scheme: str = "light") -> Ite
     context.close()
 
 
-def test_it_opens_soon(browser: Any, report: Path) -> None:
-    seconds = []
-    for _ in range(3):  # the best of three: other work on the machine only ever adds
-        page = browser.new_context().new_page()
-        page.goto("about:blank")
-        start = time.perf_counter()
-        page.goto(report.as_uri(), wait_until="commit")
-        page.wait_for_selector(".tok")
-        seconds.append(time.perf_counter() - start)
-        page.context.close()
-    assert min(seconds) < 2
+def test_the_text_can_be_read_long_before_the_charts_are_drawn(page: Any) -> None:
+    """In the page's own clock, as shares: seconds would be about what else the machine does."""
+    names = page.evaluate("performance.getEntriesByType('mark').map((mark) => mark.name)")
+    times = page.evaluate("performance.getEntriesByType('mark').map((mark) => mark.startTime)")
+    at = dict(zip(names, times, strict=True))
+    assert at["text"] < at["charts"] / 2
 
 
 def test_charts_are_drawn_and_follow_the_controls(page: Any) -> None:

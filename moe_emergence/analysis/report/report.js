@@ -154,7 +154,7 @@
     drawTokens();
   }
 
-  root.dataset.text = "true";
+  performance.mark("text");
   const source = await unpack("plotly-gz");
   new Function(source).call(window);
   const paint = (layout) => {
@@ -226,4 +226,5 @@
     draw();
   }
   root.dataset.ready = "true";
+  performance.mark("charts");
 })();
