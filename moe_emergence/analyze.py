@@ -38,6 +38,7 @@ from moe_emergence.analysis.training_curves import training_tables
 from moe_emergence.analysis.vocabulary import vocabulary_tables
 from moe_emergence.command import parse, run
 from moe_emergence.config import DOMAINS
+from moe_emergence.data.samples import poor_share, samples, unlike
 from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import check
 
@@ -137,12 +138,13 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     tables: dict[str, list[pd.DataFrame]] = {}
     about: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    data = ""
+    data, read = "", {}
     for place, name in zip(config.sources, source_names(config.sources), strict=True):
         source = open_source(place, name, device)
         reader = RouterReader(source.model)
         blocks, data = text_blocks(source, config.data, config.block_size, config.cache_dir)
         blocks = take(blocks, config.max_tokens)
+        read = text_read(source, blocks)
         found = routing_tables(source, reader, blocks, config)
         found |= model_tables(source, reader, blocks, config, device)
         about.append(describe(source, reader, blocks, config.batch_size, found))
@@ -161,6 +163,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
             "domains": list(DOMAINS),
             "tokens": max(run["tokens"] for run in about),
             "data": data,
+            "read": read,
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -168,6 +171,22 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
             },
         },
     )
+
+
+def text_read(source: Source, blocks: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """For each domain lines to read, and its share of blocks poor in tokens; warns of many."""
+    shares = {domain: poor_share(part) for domain, part in blocks.items()}
+    warnings = unlike(shares)
+    for warning in warnings.values():
+        logger.warning("%s: %s", source.name, warning)
+    return {
+        domain: {
+            "samples": samples(source.tokenizer, part),
+            "poor_blocks": round(shares[domain], 4),
+            "warning": warnings.get(domain),
+        }
+        for domain, part in blocks.items()
+    }
 
 
 def routing_tables(

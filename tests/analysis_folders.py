@@ -91,7 +91,9 @@ def write_analysis(folder: Path, *, runs: int = 2, layers: int = 2, experts: int
     (folder / "analysis.json").write_text(
         json.dumps(
             {"command": f"analyze {HOSTILE}", "created": "2026-01-01T00:00:00", "runs": about,
-             "domains": list(DOMAINS), "tokens": 100, "data": "made up", "versions": {}}
+             "domains": list(DOMAINS), "tokens": 100, "data": "made up", "versions": {},
+             "read": {"code": {"samples": [HOSTILE], "poor_blocks": 0.5, "warning": "tables"},
+                      "prose": {"samples": ["Sir"], "poor_blocks": 0.0, "warning": None}}}
         )
     )  # fmt: skip
     return folder

@@ -13,6 +13,7 @@ import torch
 from moe_emergence.config import DOMAINS, DataConfig
 from moe_emergence.data import check_same_data, make_step_loader, prepare_data, save_prepared
 from moe_emergence.data.manifest import hash_blocks
+from moe_emergence.data.samples import poor_share
 from moe_emergence.data.tokenizer import hash_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -78,6 +79,8 @@ def test_blocks_and_manifest_agree(prepared, config: DataConfig) -> None:
             assert blocks.shape == (entry["blocks"], config.block_size)
             assert len(blocks) >= 1
             assert entry["sha256"] == hash_blocks(blocks.numpy())
+            assert entry["poor_blocks"] == round(poor_share(blocks), 4)
+        assert len(domains[domain]["samples"]) == 3
     assert domains["code"]["duplicates_dropped"] == 10
     assert domains["prose"]["duplicates_dropped"] == 0
     assert domains["code"]["train"]["documents"] == 36

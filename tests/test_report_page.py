@@ -42,6 +42,12 @@ def test_text_of_documents_and_names_is_escaped(page: str) -> None:
     assert page.count("<script") == 3  # Plotly, the numbers, the page's own
 
 
+def test_text_that_was_read_is_shown_with_its_warning(page: str) -> None:
+    assert page.index("What was read") < page.index('<p class="warning">tables</p>')
+    assert page.count('<pre class="sample"') == 2
+    assert page.count('<p class="warning">') == 1
+
+
 def test_summary_says_what_is_shown_and_what_is_not(page: str) -> None:
     assert "experts follow domains more than a random router would" in page
     assert "no more than a random router: no evidence of learned specialisation" in page

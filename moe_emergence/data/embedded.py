@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
+from moe_emergence.data.literals import literal_share
 from moe_emergence.data.texts import DomainTexts, take_texts
 
 EXCLUDED_FOLDERS = frozenset(
@@ -21,6 +22,7 @@ EXCLUDED_FOLDERS = frozenset(
 )
 MIN_CODE_CHARS = 100
 MAX_CODE_CHARS = 100_000
+MOST_LITERALS = 0.5
 MIN_PROBLEM_BYTES = 100
 ANSWER_SENTENCE = "Give the result as your final answer. Do not include units."
 
@@ -39,8 +41,11 @@ def is_library_code(path: PurePath) -> bool:
 def read_code(limit_bytes: int, seed: int) -> DomainTexts:
     """Python files of the standard library, in an order drawn from `seed`.
 
-    Files of fewer than 100 or more than 100,000 characters are left out. Raises `ValueError`
-    where the interpreter has no source files (a frozen or zipped library).
+    Files of fewer than 100 or more than 100,000 characters are left out, and tables in Python's
+    clothes (codecs, character entities, aliases): files of which more than half is literals.
+
+    Raises:
+        ValueError: where the interpreter has no source files (a frozen or zipped library).
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     relative = (path.relative_to(library) for path in library.rglob("*.py"))
@@ -55,7 +60,8 @@ def read_code(limit_bytes: int, seed: int) -> DomainTexts:
     def texts() -> Iterator[str]:
         for name in names:
             text = (library / name).read_text(encoding="utf-8")
-            if MIN_CODE_CHARS <= len(text) <= MAX_CODE_CHARS:
+            long_enough = MIN_CODE_CHARS <= len(text) <= MAX_CODE_CHARS
+            if long_enough and literal_share(text) <= MOST_LITERALS:
                 yield text
 
     source = {"source": "embedded", "text": "Python standard library"}

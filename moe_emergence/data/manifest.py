@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from moe_emergence.data.packing import Blocks, PackedBlocks
+from moe_emergence.data.samples import poor_share
 
 PROVENANCE = ("source", "kind")
+TO_READ = ("samples", "poor_blocks")
 SETTINGS = {
     "block_size": "--block-size",
     "seed": "--seed",
@@ -32,15 +34,19 @@ def describe_split(texts: Sequence[str], packed: PackedBlocks, blocks: Blocks) -
         "characters": sum(map(len, texts)),
         "tokens": packed.tokens,
         "blocks": len(blocks),
+        "poor_blocks": round(poor_share(blocks), 4),
         "sha256": hash_blocks(blocks),
     }
 
 
 def differences(saved: Any, present: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of the entries that differ, provenance left out, in the order of `present`."""
+    """Paths of the entries that differ, in the order of `present`.
+
+    Provenance is left out, and what is there for people to read.
+    """
     if isinstance(saved, dict) and isinstance(present, dict):
         for name in dict.fromkeys((*present, *saved)):
-            if name not in PROVENANCE:
+            if name not in PROVENANCE + TO_READ:
                 yield from differences(saved.get(name), present.get(name), (*path, name))
     elif saved != present:
         yield path

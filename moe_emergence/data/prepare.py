@@ -1,5 +1,6 @@
 """From a data configuration to blocks of tokens: read, split, tokenise, pack, balance, describe."""
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from moe_emergence.data.packing import (
     warn_if_unbalanced,
 )
 from moe_emergence.data.prepared import PreparedData, is_prepared, load_prepared
+from moe_emergence.data.samples import samples, unlike
 from moe_emergence.data.sources import read_sources
 from moe_emergence.data.split import Split, check_no_leakage, split_texts
 from moe_emergence.data.texts import DomainTexts
@@ -24,6 +26,8 @@ from moe_emergence.data.tokenizer import encode_documents, hash_tokenizer, load_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_data(config: DataConfig, seed: int) -> PreparedData:
@@ -64,6 +68,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
         "domains": {
             domain: describe_domain(
                 sources[domain],
+                samples(tokenizer, train[domain].blocks),
                 splits[domain],
                 train[domain],
                 train_blocks[domain],
@@ -72,6 +77,9 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
             for domain in DOMAINS
         },
     }
+    poor = {d: entry["eval"]["poor_blocks"] for d, entry in manifest["domains"].items()}
+    for warning in unlike(poor).values():
+        logger.warning("%s", warning)
     return PreparedData(
         tokenizer=tokenizer,
         train_blocks={d: torch.from_numpy(train_blocks[d]) for d in DOMAINS},
@@ -111,6 +119,7 @@ def pack_split(
 
 def describe_domain(
     texts: DomainTexts,
+    excerpts: list[str],
     split: Split,
     train: PackedBlocks,
     train_blocks: Blocks,
@@ -119,6 +128,7 @@ def describe_domain(
     """The manifest's entry of one domain."""
     return {
         "source": texts.source,
+        "samples": excerpts,
         "duplicates_dropped": split.duplicates_dropped,
         "near_duplicates": split.near_duplicates,
         "train": describe_split(split.train, train, train_blocks),

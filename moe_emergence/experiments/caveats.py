@@ -3,6 +3,7 @@
 from typing import Any
 
 from moe_emergence.config import DOMAINS
+from moe_emergence.data.samples import unlike
 from moe_emergence.experiments.collect import ENDED, Records
 
 
@@ -13,6 +14,7 @@ def caveats(records: Records) -> list[str]:
     configs = [c for key, c in records.configs.items() if key in records.manifests]
     if manifests:
         found.append(_data(manifests[0], configs[0]))
+        found.extend(_unlike(manifests))
         hashes = {_evaluation_hash(manifest) for manifest in manifests}
         if len(hashes) > 1:
             found.append(
@@ -56,6 +58,16 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> str:
         f"Data `{data.get('data')}`, blocks of {manifest.get('block_size')} tokens ("
         f"{'; '.join(sizes)}); {per_domain} evaluation blocks a domain are used."
     )
+
+
+def _unlike(manifests: list[dict[str, Any]]) -> list[str]:
+    """Domains whose evaluation blocks are unlike each other in a run, the worst run of each."""
+    worst: dict[str, float] = {}
+    for manifest in manifests:
+        for name, entry in manifest.get("domains", {}).items():
+            share = entry.get("eval", {}).get("poor_blocks", 0.0)
+            worst[name] = max(share, worst.get(name, 0.0))
+    return list(unlike(worst).values())
 
 
 def _evaluation_hash(manifest: dict[str, Any]) -> tuple[Any, ...]:
