@@ -24,7 +24,7 @@ from moe_emergence.training.graph import GraphedUpdate
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
-from moe_emergence.training.schedules import build_optimizer
+from moe_emergence.training.schedules import Rates, build_optimizer
 from moe_emergence.training.update import Update
 
 OPTIM = OptimConfig()
@@ -176,7 +176,7 @@ class Bench:
         if name not in self.updates:
             self.updates[name] = self._update(name)
         batch: Any = self.batch
-        self.updates[name](batch, noise, OPTIM.learning_rate)
+        self.updates[name](batch, noise, Rates.at(0, OPTIM))
 
     def _update(self, name: str) -> Update | GraphedUpdate:
         optim = replace(OPTIM, balance_scope="micro" if name.endswith(MICRO) else "global")

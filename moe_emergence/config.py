@@ -40,8 +40,11 @@ class ModelConfig:
     """Noise added to every copied expert parameter, in units of that parameter's standard
     deviation."""
     router: Literal["learned", "frozen", "hash"] = "learned"
-    """Router: learned, or one of the null models: frozen (random, never trained) or hash (of the
-    token id)."""
+    """Router: learned, frozen (never trained; random, it is the null model of a learned one) or
+    hash (of the token id, a null model)."""
+    router_init: Literal["random", "clusters"] = "random"
+    """Where a router starts: at random, or at the centres of clusters (k-means) of the base's own
+    hidden states, so that experts begin with tokens that are alike."""
     top1_weight: Literal["straight-through", "probability"] = "straight-through"
     """Weight of a top-1 expert's output: 1 with the gradient of the chosen probability, or that
     probability itself (arXiv 2101.03961)."""
@@ -86,6 +89,12 @@ class ModelConfig:
             "--expert-bias-rate",
             self.expert_bias_rate,
             "a hash router has no bias; give 0 or another --router",
+        )
+        check(
+            self.router_init == "random" or self.router != "hash",
+            "--router-init",
+            self.router_init,
+            "a hash router has no weights; give random or another --router",
         )
         check(
             len(set(self.moe_layers)) == len(self.moe_layers),
@@ -182,6 +191,10 @@ class OptimConfig:
     """AdamW weight decay, on matrices only."""
     warmup_fraction: float = 0.1
     """Part of the steps over which the learning rate rises linearly; a cosine to zero follows."""
+    router_learning_rate_scale: float = 1.0
+    """Learning rate of the routers' weights, in units of --learning-rate."""
+    freeze_router_after: int | None = None
+    """Step after which the routers' weights stay what they are; none trains them to the end."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global norm."""
     lb_coef: float = 0.01
@@ -213,6 +226,8 @@ class OptimConfig:
             ("--pretrain-steps", self.pretrain_steps, 0),
         ):
             check(steps >= least, flag, steps, f"give at least {least}")
+        after = self.freeze_router_after
+        check(after is None or after >= 0, "--freeze-router-after", after, "give 0 or more")
         for flag, value in (
             ("--learning-rate", self.learning_rate),
             ("--pretrain-learning-rate", self.pretrain_learning_rate),
@@ -223,6 +238,7 @@ class OptimConfig:
             ("--weight-decay", self.weight_decay),
             ("--lb-coef", self.lb_coef),
             ("--z-coef", self.z_coef),
+            ("--router-learning-rate-scale", self.router_learning_rate_scale),
             ("--noise-std", self.noise_std),
         ):
             check(value >= 0, flag, value, "give 0 or more")
@@ -333,6 +349,17 @@ class RunConfig:
             for name, value in vars(group).items():
                 finite = not isinstance(value, float) or math.isfinite(value)
                 check(finite, "--" + name.replace("_", "-"), value, "give a finite number")
+        for flag, value, neutral in (
+            ("--router-learning-rate-scale", self.optim.router_learning_rate_scale, 1.0),
+            ("--freeze-router-after", self.optim.freeze_router_after, None),
+        ):
+            check(
+                value == neutral or self.model.router == "learned",
+                flag,
+                value,
+                f"a {self.model.router} router is not trained; leave it out or give another "
+                "--router",
+            )
         check(
             self.model.base != "scratch"
             or not self.model.moe_layers

@@ -41,7 +41,8 @@ def write_analysis(folder: Path, *, runs: int = 2, layers: int = 2, experts: int
             {
                 "run": run, "layer": layer, "label": "domain", "bits": 0.4, "bits_low": 0.3,
                 "bits_high": 0.5, "p_permutation": 0.005, "permuted_95": 0.01,
-                "null_router_bits": 0.35 if layer else 0.1,
+                "null_router_bits": 0.3 if layer else 0.1,
+                "null_router_95": 0.45 if layer else 0.2, "p_router": 0.2 if layer else 0.01,
             }
             for run in names for layer in range(layers)
         ]

@@ -8,6 +8,7 @@ from test_training_graph import STEPS, make, train
 
 from moe_emergence.cuda_graph import CudaCapture, NotCapturableError
 from moe_emergence.training.graph import GraphedUpdate
+from moe_emergence.training.schedules import Rates
 from moe_emergence.training.update import Outcome
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,7 +21,9 @@ def test_a_replayed_step_is_bitwise_an_eager_one(kind: str, dropout: float, prec
     model, update = make(kind, "global", dropout, device="cuda", precision=precision)
 
     def plainly(*inputs: Any) -> Outcome:
-        return update(*inputs[:2], torch.tensor(inputs[2], device="cuda"))
+        return update(
+            *inputs[:2], Rates(*(torch.tensor(rate, device="cuda") for rate in inputs[2]))
+        )
 
     expected = train(model, plainly, kind, range(STEPS))
     other, replayed = make(kind, "global", dropout, device="cuda", precision=precision)

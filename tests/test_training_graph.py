@@ -31,14 +31,16 @@ from moe_emergence.training.graph import (
     make_update,
 )
 from moe_emergence.training.objective import NextTokenLoss
-from moe_emergence.training.schedules import build_optimizer, learning_rate, noise_std
+from moe_emergence.training.schedules import Rates, build_optimizer, noise_std
 from moe_emergence.training.update import Outcome, Update
 
 STEPS = 12
 OPTIM = OptimConfig(
     max_steps=STEPS, learning_rate=1e-2, warmup_fraction=0.2, noise_std=0.5,
-    noise_anneal_fraction=0.7, lb_coef=0.3,
+    noise_anneal_fraction=0.7, lb_coef=0.3, router_learning_rate_scale=0.3, freeze_router_after=9,
 )  # fmt: skip
+
+RATES = Rates(1e-2, 1e-2)
 
 
 def make(
@@ -80,7 +82,7 @@ def train(
         torch.manual_seed(hash((7, step)))
         noise = None if kind == "dense" else RouterNoise(noise_std(step, OPTIM), 3, step)
         on_device = StepBatch(*(t.to(model.device) for t in batch(step)))
-        sums, norm = update(on_device, noise, learning_rate(step, OPTIM))
+        sums, norm = update(on_device, noise, Rates.at(step, OPTIM))
         rows.append([float(norm), *torch.cat([t.flatten() for t in vars(sums).values()]).tolist()])
     return rows
 
@@ -101,7 +103,7 @@ def test_replayed_steps_are_bitwise_those_launched_one_by_one(
     model, update = make(kind, scope, dropout)
 
     def plainly(*inputs: Any) -> Outcome:
-        return update(*inputs[:2], torch.tensor(inputs[2]))
+        return update(*inputs[:2], Rates(*map(torch.tensor, inputs[2])))
 
     expected = train(model, plainly, kind, range(STEPS))
     other, replayed = make(kind, scope, dropout)
@@ -119,7 +121,7 @@ def test_replayed_steps_are_bitwise_those_launched_one_by_one(
 def test_outcomes_of_earlier_steps_stay() -> None:
     _, update = make()
     graphed = GraphedUpdate(update, required=True, capture=RecordedOnCpu())
-    kept = [graphed(batch(s), RouterNoise(0.5, 3, s), 1e-2) for s in range(WARM_UP + 3)]
+    kept = [graphed(batch(s), RouterNoise(0.5, 3, s), RATES) for s in range(WARM_UP + 3)]
     losses = [float(outcome.sums.lm_loss) for outcome in kept]
     assert len(set(losses)) == len(losses)
     assert len({float(outcome.grad_norm) for outcome in kept}) == len(kept)
@@ -186,7 +188,7 @@ def test_a_step_that_asks_for_a_value_cannot_be_recorded() -> None:
 
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(NotCapturableError, match="value of a tensor"):
-        RecordedOnCpu().record(lambda: asks(batch(0), RouterNoise(0.0, 3, 0), 1e-2))
+        RecordedOnCpu().record(lambda: asks(batch(0), RouterNoise(0.0, 3, 0), RATES))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -221,7 +223,7 @@ def test_the_loss_makes_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
         "transformers.masking_utils.find_packed_sequence_indices",
         lambda position_ids: asked.append(position_ids),
     )
-    update(batch(0), None, 0.0)
+    update(batch(0), None, Rates(0.0, 0.0))
     assert not asked
     assert model.config._attn_implementation == "sdpa"
     model(input_ids=batch(0).input_ids[0], use_cache=False)

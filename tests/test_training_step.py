@@ -20,7 +20,7 @@ from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise, auxiliary_losses, load_balancing_loss
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.objective import NextTokenLoss
-from moe_emergence.training.schedules import build_optimizer, learning_rate, noise_std
+from moe_emergence.training.schedules import Rates, build_optimizer, learning_rate, noise_std
 from moe_emergence.training.step import StepStatistics, forward_backward
 from moe_emergence.training.tuning import tokens_of_a_pass
 
@@ -219,12 +219,40 @@ def test_weight_decay_is_for_matrices_only() -> None:
     model = moe_model(1)
     optimizer = build_optimizer(model, OptimConfig(weight_decay=0.5))
     names = {id(p): n for n, p in model.named_parameters()}
-    decayed = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
-    plain = {names[id(p)] for p in optimizer.param_groups[1]["params"]}
+    groups = {
+        group["name"]: {names[id(p)] for p in group["params"]} for group in optimizer.param_groups
+    }
+    decayed, plain, routers = groups["decayed"], groups["not decayed"], groups["routers"]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0, 0.0]
     assert "transformer.h.0.mlp.experts.w1" in decayed
-    assert "transformer.h.0.mlp.router.weight" in decayed
+    assert routers == {n for n in names.values() if "router" in n}
     assert "transformer.h.0.mlp.experts.w2_bias" in plain
     assert all("ln" in n or "bias" in n for n in plain)
-    # transformers' own trainer goes by names and decays the same
-    assert decayed == {*Trainer.get_decay_parameter_names(None, model)} & {*names.values()}
-    assert decayed | plain == set(names.values())
+    # transformers' own trainer goes by names and decays the same, and the routers
+    assert decayed | routers == {*Trainer.get_decay_parameter_names(None, model)} & {
+        *names.values()
+    }
+    assert decayed | plain | routers == set(names.values())
+
+
+@given(st.floats(0, 4), st.none() | st.integers(0, 12))
+def test_routers_have_a_rate_of_their_own_and_stop_when_told(
+    scale: float, after: int | None
+) -> None:
+    optim = OptimConfig(max_steps=10, router_learning_rate_scale=scale, freeze_router_after=after)
+    optimizer = build_optimizer(moe_model(1), optim)
+    for step in range(10):
+        Rates.at(step, optim).assign(optimizer)
+        whole = learning_rate(step, optim)
+        trains = after is None or step < after
+        expected = {"routers": whole * scale if trains else 0.0}
+        for group in optimizer.param_groups:
+            assert group["lr"] == expected.get(group["name"], whole)
+
+
+def test_a_dense_model_and_null_routers_have_no_group_of_routers() -> None:
+    dense = GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50))
+    frozen = upcycle(dense, [0], 2, 1, router="frozen")
+    for model in (dense, frozen):
+        names = [group["name"] for group in build_optimizer(model, OptimConfig()).param_groups]
+        assert names == ["decayed", "not decayed"]

@@ -23,7 +23,10 @@ Floats = npt.NDArray[np.float64]
 GROUPS = 256
 """Blocks of a domain are counted in at most so many groups; intervals resample and permutations
 move whole groups. With no more blocks than that, a group is a block."""
-NULL_ROUTERS = 3
+NULL_ROUTERS = 99
+"""A p-value of 0.01 is then the smallest there is."""
+NULL_LOGITS = 2**24
+"""Logits of null routers that are held at a time."""
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,24 @@ class LayerCounts:
 
     def _add_nulls(self, batch: Batch, hidden_TH: Tensor) -> None:
         e = self.num_experts
-        for place, weight_EH in enumerate(self.null_weights_NEH):
-            logits = hidden_TH @ weight_EH.to(hidden_TH).T
-            chosen = logits.topk(self.top_k, dim=1).indices.cpu().numpy()
-            self.null_grouped[place, batch.domain] += _bincount(chosen, e)
+        at_a_time = max(1, NULL_LOGITS // (len(hidden_TH) * e))
+        first = 0
+        for weights_NEH in self.null_weights_NEH.split(at_a_time):
+            n = len(weights_NEH)
+            places = slice(first, first + n)
+            first += n
+            logits_TNE = (hidden_TH @ weights_NEH.flatten(0, 1).to(hidden_TH).T).unflatten(
+                1, (n, e)
+            )
+            chosen_TNK = logits_TNE.topk(self.top_k, dim=2).indices.cpu().numpy()
+            router_N = np.arange(n)
+            cells = router_N[:, None] * e + chosen_TNK
+            self.null_grouped[places, batch.domain] += _bincount(cells, n * e).reshape(n, e)
             if batch.types is not None:
-                cells = batch.types.ravel().astype(np.int64) * e + chosen[:, 0]
-                counts = _bincount(cells, NUM_TYPES * e).reshape(NUM_TYPES, e)
-                self.null_types[place, batch.domain] += counts
+                types_T1 = batch.types.ravel().astype(np.int64)[:, None]
+                cells = (router_N * NUM_TYPES + types_T1) * e + chosen_TNK[:, :, 0]
+                counts = _bincount(cells, n * NUM_TYPES * e).reshape(n, NUM_TYPES, e)
+                self.null_types[places, batch.domain] += counts
 
     def _add_types(self, domain: int, groups: Ints, types: Ints, experts: Ints) -> None:
         e, k = self.num_experts, self.top_k

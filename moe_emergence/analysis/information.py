@@ -180,6 +180,23 @@ def conditional(tests: Sequence[NullTest], weights: Sequence[float]) -> NullTest
     return NullTest(observed, share @ np.stack([test.null for test in tests]))
 
 
+def largest_of_layers(observed_L: Floats, null_LN: Floats) -> Floats:
+    """(L,) p-values of statistics of L layers against N draws each, adjusted over the layers.
+
+    Westfall and Young's single-step maxT (1993): every layer is scaled by mean and standard
+    deviation of its draws and itself, and compared with the largest layer of each draw. At most
+    5% of models without an effect have any p below 0.05, whatever the number of layers and
+    however they depend on each other; the smallest p is 1 / (N + 1).
+    """
+    together = np.concatenate([observed_L[:, None], null_LN], axis=1)
+    spread = together.std(axis=1, keepdims=True)
+    scaled = (together - together.mean(axis=1, keepdims=True)) / np.where(spread > 0, spread, 1.0)
+    largest_N = scaled[:, 1:].max(axis=0)
+    as_large_L = (largest_N >= scaled[:, :1] - 1e-12).sum(axis=1)
+    p_L: Floats = (1 + as_large_L) / (1 + null_LN.shape[1])
+    return p_L
+
+
 def bootstrap_interval(
     tables: Sequence[Ints],
     information: Callable[[Floats], Floats],

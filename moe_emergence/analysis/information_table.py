@@ -32,9 +32,10 @@ def information_table(layers: Sequence[LayerCounts], resampling: Resampling) -> 
     `bits_low` and `bits_high` a 95% bootstrap interval over groups of blocks; `share_of_label`
     bits over the label's entropy; `permuted_mean`, `permuted_95`, `p_permutation` of the
     permutation test: domains of whole groups, or types among the tokens of a domain.
-    `uniform_bits` is 0, what uniform routing tells; `null_router_bits` the mean of random routers
-    that read the same hidden states (of token ids unknown). Domains count all slots, the other
-    labels first experts.
+    `uniform_bits` is 0, what uniform routing tells; `null_router_bits` and `null_router_95` mean
+    and 95th percentile of random routers that read the same hidden states (of token ids unknown), and
+    `p_router` the share of them that tell as much, adjusted over the layers. Domains count all
+    slots, the other labels first experts.
     """
     rows: list[dict[str, Any]] = []
     for counts in layers:
@@ -42,7 +43,22 @@ def information_table(layers: Sequence[LayerCounts], resampling: Resampling) -> 
         rows += [{"layer": counts.layer} | row for row in _type_rows(counts, resampling)]
         table = token_id_table(counts)
         rows.append({"layer": counts.layer, "label": "token id"} | _row(table, None, None))
+    _compare_with_routers(rows)
     return pd.DataFrame(rows).assign(uniform_bits=0.0)
+
+
+def _compare_with_routers(rows: list[dict[str, Any]]) -> None:
+    """Put what random routers tell, in `null_routers` (N,), into columns of each row."""
+    for label in {row["label"] for row in rows}:
+        of_label = [row for row in rows if row["label"] == label and "null_routers" in row]
+        if not of_label:
+            continue
+        nulls_LN = np.stack([row.pop("null_routers") for row in of_label])
+        p_L = info.largest_of_layers(np.array([row["bits"] for row in of_label]), nulls_LN)
+        for row, null_N, p in zip(of_label, nulls_LN, p_L, strict=True):
+            row["null_router_bits"] = float(null_N.mean())
+            row["null_router_95"] = float(np.quantile(null_N, 0.95))
+            row["p_router"] = float(p)
 
 
 def _domain_row(counts: LayerCounts, resampling: Resampling) -> dict[str, Any]:
@@ -54,9 +70,8 @@ def _domain_row(counts: LayerCounts, resampling: Resampling) -> dict[str, Any]:
     interval = info.bootstrap_interval(
         present, info.mutual_information, resamples=resampling.bootstrap, seed=resampling.seed
     )
-    null_bits = float(info.mutual_information(counts.null_grouped).mean())
     row = _row(info.domain_table(stacked, labels, len(DOMAINS)), test, interval)
-    return row | {"null_router_bits": null_bits}
+    return row | {"null_routers": info.mutual_information(counts.null_grouped)}
 
 
 def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, Any]]:
@@ -72,8 +87,8 @@ def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, An
             [grouped], lambda tables: info.mutual_information(tables)[..., 0],
             resamples=resampling.bootstrap, seed=resampling.seed,
         )  # fmt: skip
-        null_bits = float(info.mutual_information(counts.null_types[:, place]).mean())
-        row = _row(table, test, interval) | {"null_router_bits": null_bits}
+        row = _row(table, test, interval)
+        row["null_routers"] = info.mutual_information(counts.null_types[:, place])
         rows.append({"label": f"token type: {domain}"} | row)
         tests.append(test)
         weights.append(float(table.sum()))
@@ -92,7 +107,7 @@ def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, An
         "bits_low": interval[0],
         "bits_high": interval[1],
         "share_of_label": float(share @ [row["share_of_label"] for row in rows]),
-        "null_router_bits": float(share @ [row["null_router_bits"] for row in rows]),
+        "null_routers": share @ np.stack([row["null_routers"] for row in rows]),
         **_null_columns(pooled),
     }
     return [{"label": "token type"} | mean, *rows]

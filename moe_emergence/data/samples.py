@@ -1,10 +1,11 @@
 """What a domain looks like: a few lines of it to read, and whether its blocks are alike."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe_emergence.data.packing import Blocks
@@ -18,6 +19,8 @@ POOR = 0.5
 """A block is poor in tokens when it has fewer distinct ones than this share of what the domain's
 richest tenth of blocks has."""
 MOST_POOR = 0.2
+
+TOKENS_TO_CLUSTER = 16_384
 
 logger = logging.getLogger(__name__)
 
@@ -49,3 +52,12 @@ def unlike(shares: Mapping[str, float]) -> dict[str, str]:
         for domain, share in shares.items()
         if share > MOST_POOR
     }
+
+
+def text_to_cluster(blocks: Mapping[str, Tensor], seed: int) -> Iterator[Tensor]:
+    """Batches (B, L) of training text, 16,384 tokens in equal parts of the domains, by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in blocks.values():
+        rows = max(1, TOKENS_TO_CLUSTER // (len(blocks) * part.shape[1]))
+        chosen = torch.randperm(len(part), generator=generator)[:rows]
+        yield from part[chosen].split(8)

@@ -27,7 +27,7 @@ from moe_emergence.training.graph import dispatch_of, make_update
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
-from moe_emergence.training.schedules import build_optimizer
+from moe_emergence.training.schedules import Rates, build_optimizer
 from moe_emergence.training.trainer import tokens_per_step
 from moe_emergence.training.update import Update
 
@@ -169,7 +169,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
     while len(seconds) < 2 or time.perf_counter() - began < budget_s:
         start = time.perf_counter()
         noise = RouterNoise(optim.noise_std, 0, len(seconds)) if config.model.moe_layers else None
-        update(batch, noise, optim.learning_rate)
+        update(batch, noise, Rates.at(0, optim))
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

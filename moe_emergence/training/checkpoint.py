@@ -23,7 +23,7 @@ from moe_emergence.run_folder import RunFolder, disk_error, read_json, write_jso
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "moe_emergence checkpoint 1"
+FORMAT = "moe_emergence checkpoint 2"
 MANIFEST = "checkpoint.json"
 TRAINER_STATE = "trainer.pt"
 _KEYS = frozenset({"step", "progress", "config", "data_manifest", "files"})
@@ -42,7 +42,7 @@ class Checkpoint:
     data_manifest: dict[str, Any]
     """Of the data the run was trained on."""
     trainer_state: dict[str, Any]
-    """State dicts of optimizer and loader."""
+    """State dicts of optimizer, loader and churn probe."""
 
 
 def save_model_folder(

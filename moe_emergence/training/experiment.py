@@ -16,9 +16,10 @@ from transformers import GPT2LMHeadModel
 
 from moe_emergence.config import RunConfig, check_layers_exist
 from moe_emergence.data import PreparedData, check_same_data, prepare_data
+from moe_emergence.data.samples import text_to_cluster
 from moe_emergence.errors import RunError
 from moe_emergence.hub_access import reason
-from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
+from moe_emergence.models import MoEGPT2LMHeadModel, start_routers_at_clusters, upcycle
 from moe_emergence.models.loading import (
     LanguageModel,
     load_dense_model,
@@ -150,20 +151,28 @@ def _upcycled(
     config: RunConfig, start: Callable[[PreparedData], GPT2LMHeadModel]
 ) -> Callable[[PreparedData], MoEGPT2LMHeadModel]:
     model, optim = config.model, config.optim
-    return lambda data: upcycle(
-        start(data),
-        model.moe_layers,
-        model.num_experts,
-        model.top_k,
-        noise=model.upcycle_noise,
-        seed=config.seed,
-        router=model.router,
-        top1_weight=model.top1_weight,
-        use_expert_bias=model.expert_bias_rate > 0,
-        expert_bias_rate=model.expert_bias_rate,
-        lb_coef=optim.lb_coef,
-        z_coef=optim.z_coef,
-    )
+
+    def make(data: PreparedData) -> MoEGPT2LMHeadModel:
+        mixture = upcycle(
+            start(data),
+            model.moe_layers,
+            model.num_experts,
+            model.top_k,
+            noise=model.upcycle_noise,
+            seed=config.seed,
+            router=model.router,
+            top1_weight=model.top1_weight,
+            use_expert_bias=model.expert_bias_rate > 0,
+            expert_bias_rate=model.expert_bias_rate,
+            lb_coef=optim.lb_coef,
+            z_coef=optim.z_coef,
+        )
+        if model.router_init == "clusters":
+            batches = text_to_cluster(data.train_blocks, config.seed)
+            start_routers_at_clusters(mixture, batches, seed=config.seed)
+        return mixture
+
+    return make
 
 
 def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> None:

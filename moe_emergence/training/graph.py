@@ -17,6 +17,7 @@ from moe_emergence.cuda_graph import CudaCapture, NotCapturableError
 from moe_emergence.errors import RunError
 from moe_emergence.moe import RouterNoise
 from moe_emergence.moe.dispatch import DispatchName
+from moe_emergence.training.schedules import Rates
 from moe_emergence.training.step import StepStatistics
 from moe_emergence.training.update import Outcome, Update
 
@@ -61,7 +62,7 @@ class GraphedUpdate:
     def __init__(self, update: Update, *, required: bool, capture: Capture) -> None:
         self.update, self.required, self.capture = update, required, capture
         self.device = update.accelerator.device
-        self.learning_rate = torch.zeros((), device=self.device)
+        self.rates = (torch.zeros((), device=self.device), torch.zeros((), device=self.device))
         self.noise_std = torch.zeros((), dtype=torch.float64, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
         self.batch: StepBatch | None = None
@@ -70,13 +71,11 @@ class GraphedUpdate:
         self.replays_noise = False
         self.given_up = False
 
-    def __call__(
-        self, batch: "StepBatch", noise: RouterNoise | None, learning_rate: float
-    ) -> Outcome:
+    def __call__(self, batch: "StepBatch", noise: RouterNoise | None, rates: Rates) -> Outcome:
         """Take a step, see `Update`; the outcome's tensors are the caller's."""
         if self.given_up:
-            return self.update(batch, noise, learning_rate)
-        self._write_inputs(batch, noise, learning_rate)
+            return self.update(batch, noise, rates)
+        self._write_inputs(batch, noise, rates)
         is_noisy = noise is not None and noise.is_on
         if self.rehearsed < WARM_UP:
             return self._rehearse(noise)
@@ -85,19 +84,18 @@ class GraphedUpdate:
             self.replay = None
             self.replay, self.replays_noise = self._record(noise), is_noisy
         if self.replay is None:
-            return self.update(batch, noise, learning_rate)
+            return self.update(batch, noise, rates)
         outcome = self.replay()
         sums = StepStatistics(*(t.clone() for t in vars(outcome.sums).values()))
         return Outcome(sums, outcome.grad_norm.clone())
 
-    def _write_inputs(
-        self, batch: "StepBatch", noise: RouterNoise | None, learning_rate: float
-    ) -> None:
+    def _write_inputs(self, batch: "StepBatch", noise: RouterNoise | None, rates: Rates) -> None:
         if self.batch is None:
             self.batch = type(batch)(batch.input_ids.clone(), batch.domain_ids.clone())
         self.batch.input_ids.copy_(batch.input_ids)
         self.batch.domain_ids.copy_(batch.domain_ids)
-        self.learning_rate.fill_(learning_rate)
+        for on_device, rate in zip(self.rates, rates, strict=True):
+            on_device.fill_(rate)
         if noise is not None:
             self.noise_std.fill_(noise.std)
             self.step.fill_(noise.step)
@@ -108,7 +106,7 @@ class GraphedUpdate:
         on_device = noise
         if noise is not None and noise.is_on:
             on_device = RouterNoise(self.noise_std, noise.seed, self.step)
-        return lambda: self.update(batch, on_device, self.learning_rate)
+        return lambda: self.update(batch, on_device, Rates(*self.rates))
 
     def _rehearse(self, noise: RouterNoise | None) -> Outcome:
         outcome, reason = self.capture.rehearse(self._work(noise))

@@ -21,6 +21,7 @@ from moe_emergence.moe import RouterNoise
 from moe_emergence.run_folder import RunFolder, write_json
 from moe_emergence.settings import to_dict
 from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_model_folder
+from moe_emergence.training.churn import ChurnProbe
 from moe_emergence.training.collapse import CollapseDetector
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.graph import make_update
@@ -29,7 +30,7 @@ from moe_emergence.training.metrics import StepRecord
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.recorder import Recorder
-from moe_emergence.training.schedules import build_optimizer, learning_rate, noise_std
+from moe_emergence.training.schedules import Rates, build_optimizer, learning_rate, noise_std
 from moe_emergence.training.step import StepStatistics
 from moe_emergence.training.update import Update
 
@@ -81,6 +82,7 @@ class Trainer:
         self.detector = CollapseDetector(
             config.monitor.collapse_threshold, config.monitor.collapse_checks
         )
+        self.churn = ChurnProbe(data.eval_blocks, config.model.moe_layers)
         self.step, self.best = 0, math.inf
         self.train_seconds = self.wall_seconds = 0.0
         optimizer = build_optimizer(model, config.optim)
@@ -176,9 +178,9 @@ class Trainer:
             noise = RouterNoise(noise_std(self.step, optim), config.seed, self.step)
         device = self.accelerator.device
         batch = StepBatch(batch.input_ids.to(device), batch.domain_ids.to(device))
-        rate = learning_rate(self.step, optim)
-        sums, grad_norm = self.update(batch, noise, rate)
+        sums, grad_norm = self.update(batch, noise, Rates.at(self.step, optim))
         std = None if noise is None else noise_std(self.step, optim)
+        rate = learning_rate(self.step, optim)
         self.recorder.step(StepRecord(self.step + 1, sums, grad_norm, rate, std))
         return sums
 
@@ -209,7 +211,10 @@ class Trainer:
         )
         if not math.isfinite(evaluation.lm_loss):
             raise self.recorder.failure(f"eval/lm_loss is not finite at step {self.step}")
-        self.recorder.evaluated(self.step, evaluation.metrics())
+        churn = self.churn.check(
+            self.model, self.accelerator.device, self.step, self.config.optim.max_steps
+        )
+        self.recorder.evaluated(self.step, evaluation.metrics() | churn)
         if evaluation.domain_fractions and self.accelerator.is_main_process:
             write_domain_fractions(self.run.expert_domain, evaluation.domain_fractions)
         if evaluation.lm_loss < self.best:
@@ -228,6 +233,7 @@ class Trainer:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "loader": self.loader.state_dict(),
+            "churn": self.churn.state_dict(),
         }
         progress = {
             "best_eval_lm_loss": self.best,
@@ -252,6 +258,7 @@ class Trainer:
         self.step = checkpoint.step
         self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
         self.loader.load_state_dict(checkpoint.trainer_state["loader"])
+        self.churn.load_state_dict(checkpoint.trainer_state["churn"])
         self.best = checkpoint.progress["best_eval_lm_loss"]
         self.detector.load_state_dict(checkpoint.progress["collapse_streaks"])
         self.train_seconds = checkpoint.progress["train_seconds"]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moe_emergence.config import OptimConfig
 from moe_emergence.moe import RouterNoise, TopKRouter
+from moe_emergence.training.schedules import Rates
 from moe_emergence.training.step import StepStatistics, forward_backward
 
 if TYPE_CHECKING:
@@ -48,15 +49,12 @@ class Update:
         for router in self.routers:
             router.expert_bias_rate = 0.0  # moved here, by the counts of whole steps
 
-    def __call__(
-        self, batch: "StepBatch", noise: RouterNoise | None, learning_rate: float | Tensor
-    ) -> Outcome:
+    def __call__(self, batch: "StepBatch", noise: RouterNoise | None, rates: Rates) -> Outcome:
         """Take a step with this process's share (A, B, L) of the batch, on the device.
 
-        `noise` is None for a dense model. A learning rate on the device is read there.
+        `noise` is None for a dense model. Rates on the device are read there.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        rates.assign(self.optimizer)
         sums = forward_backward(self.accelerator, self.model, batch, self.optim, noise)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
         self.optimizer.step()

@@ -44,7 +44,7 @@ def plot_information(table: pd.DataFrame) -> Figure:
     return bars(
         table[table["label"] == "domain"],
         values={
-            "bits": "measured", "null_router_bits": "random router, same states",
+            "bits": "measured", "null_router_95": "random routers, same states, 95%",
             "permuted_95": "permuted domains, 95%",
         },
         low="bits_low", high="bits_high", label="I(expert; domain) (bits)",
@@ -60,7 +60,7 @@ def plot_type_information(table: pd.DataFrame) -> Figure | None:
     return bars(
         table,
         values={
-            "bits": "measured", "null_router_bits": "random router, same states",
+            "bits": "measured", "null_router_95": "random routers, same states, 95%",
             "permuted_95": "permuted types, 95%",
         },
         low="bits_low", high="bits_high", label="I(expert; token type) (bits)",

@@ -43,8 +43,9 @@ FIGURES: dict[str, FigureOf] = {
     ),
     "information": FigureOf(
         "information", subjects.plot_information,
-        "Bits that the expert tells of the domain (95% interval over blocks of text), beside a "
-        "random router that reads the same hidden states, and permuted domains.",
+        "Bits that the expert tells of the domain (95% interval over blocks of text), beside "
+        "what 95% of random routers that read the same hidden states stay below, and permuted "
+        "domains.",
     ),
     "type_information": FigureOf(
         "information", subjects.plot_type_information,

@@ -19,6 +19,8 @@ class LayerFinding:
     high: float
     p: float
     null_bits: float
+    null_95: float
+    p_router: float
     imbalance: float
 
     @property
@@ -26,9 +28,9 @@ class LayerFinding:
         """What the numbers show, and what they do not."""
         if self.p >= ALPHA:
             return "no evidence that experts and domains go together"
-        if self.low > self.null_bits:
-            return "experts follow domains more than a random router would"
-        return "no more than a random router: no evidence of learned specialisation"
+        if self.p_router < ALPHA:
+            return "experts follow domains more than random routers do"
+        return "no more than random routers: no evidence of learned specialisation"
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def _layers(information: pd.DataFrame, routing: pd.DataFrame) -> list[LayerFindi
     return [
         LayerFinding(
             int(row["layer"]), row["bits"], row["bits_low"], row["bits_high"],
-            row["p_permutation"], row["null_router_bits"], uneven[row["layer"]],
+            row["p_permutation"], row["null_router_bits"], row["null_router_95"], row["p_router"],
+            uneven[row["layer"]],
         )
         for row in information[information["label"] == "domain"].to_dict("records")
     ]  # fmt: skip
