@@ -33,8 +33,8 @@ def information_table(layers: Sequence[LayerCounts], resampling: Resampling) -> 
     bits over the label's entropy; `permuted_mean`, `permuted_95`, `p_permutation` of the
     permutation test: domains of whole groups, or types among the tokens of a domain.
     `uniform_bits` is 0, what uniform routing tells; `null_router_bits` and `null_router_95` mean
-    and 95th percentile of random routers that read the same hidden states (of token ids unknown), and
-    `p_router` the share of them that tell as much, adjusted over the layers. Domains count all
+    and 95th percentile of random routers that read the same hidden states (of token ids unknown),
+    and `p_router` the share of them that tell as much, adjusted over the layers. Domains count all
     slots, the other labels first experts.
     """
     rows: list[dict[str, Any]] = []
