@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -21,6 +21,7 @@ from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
+from moe_emergence.analysis.modules import module_tables, name_modules
 from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import (
@@ -72,6 +73,11 @@ class AnalyzeConfig:
     """Permutations of each test."""
     knockout_tokens: int = 6_000
     """Tokens on which every expert is knocked out, one after the other; 0 leaves it out."""
+    test: Literal["none", "modules"] = "none"
+    """Test by ablation: modules names every domain's experts on the first half of the text, and
+    takes them and random sets away on the second (some 300 passes over --knockout-tokens)."""
+    second_data: str | None = None
+    """Another text to take the modules away on, named as for --data."""
     cache_dir: str = ".cache"
     """Folder for everything that is downloaded or trained once and reused."""
     seed: int = 0
@@ -95,6 +101,18 @@ class AnalyzeConfig:
             "--knockout-tokens",
             self.knockout_tokens,
             "give 0 (none) or more",
+        )
+        check(
+            self.test == "none" or self.knockout_tokens > 0,
+            "--knockout-tokens",
+            self.knockout_tokens,
+            "the module test takes experts away on so many tokens; give more",
+        )
+        check(
+            self.second_data is None or self.test == "modules",
+            "--second-data",
+            self.second_data,
+            "only --test modules reads a second text; give that, or leave it out",
         )
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
         check(
@@ -147,6 +165,8 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         read = text_read(source, blocks)
         found = routing_tables(source, reader, blocks, config)
         found |= model_tables(source, reader, blocks, config, device)
+        if config.test == "modules":
+            found |= test_modules(source, reader, blocks, config)
         about.append(describe(source, reader, blocks, config.batch_size, found))
         texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
         for key, table in found.items():
@@ -243,6 +263,31 @@ def model_tables(
         tables |= {"saturation": over.saturation, "trajectory": over.trajectory}
         tables |= training_tables(source.run)
     return tables
+
+
+def test_modules(
+    source: Source, reader: RouterReader, blocks: dict[str, Tensor], config: AnalyzeConfig
+) -> Tables:
+    """Modules named on the first half of every domain's blocks, and tested on the second."""
+    half = {domain: len(part) // 2 for domain, part in blocks.items()}
+    short = [domain for domain, size in half.items() if not size]
+    check(
+        not short, "--test", "modules", f"{', '.join(short)}: two blocks at least; give more text"
+    )
+    first = take({d: part[: half[d]] for d, part in blocks.items()}, config.knockout_tokens)
+    second = {d: part[half[d] :] for d, part in blocks.items()}
+    corpora = {"second half": take(second, config.knockout_tokens)}
+    if config.second_data is not None:
+        other, _ = text_blocks(source, config.second_data, config.block_size, config.cache_dir)
+        corpora[config.second_data] = take(other, config.knockout_tokens)
+    counted = count_routing(reader, first, None, batch_size=config.batch_size, seed=config.seed)
+    alone = knockout_table(
+        source.model, first, counted.layers[0].num_experts, batch_size=config.batch_size
+    )
+    naming = name_modules(alone, expert_domain(counted.layers))
+    return module_tables(
+        source.model, naming, corpora, batch_size=config.batch_size, seed=config.seed
+    )
 
 
 def describe(

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from routing_models import tiny_mixture
 
-from moe_emergence.analysis.figures import FIGURES
+from moe_emergence.analysis.figures import FIGURES, write_figures
+from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.sources import load_model
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import AnalyzeConfig, analyze, main, output_folder, source_names
@@ -68,7 +69,8 @@ def test_every_table_is_there_in_both_forms(analysed: Path) -> None:
     names = {path.stem for path in (analysed / "tables").glob("*.parquet")}
     assert names == {path.stem for path in (analysed / "tables").glob("*.csv")}
     expected = {figure.table for figure in FIGURES.values()} | {"vocabulary", "trajectory"}
-    assert names == expected - {"coactivation"}  # one layer, one expert per token
+    # one layer, one expert per token; no test was asked for
+    assert names == expected - {"coactivation", "module_damage"}
     for path in (analysed / "tables").glob("*.parquet"):
         table = pd.read_parquet(path)
         assert table.columns[0] == "run"
@@ -109,8 +111,16 @@ def test_a_hugging_face_mixture_in_a_folder(
     config = AnalyzeConfig(
         sources=(str(folder),), data=str(data_folder), block_size=16, permutations=19,
         knockout_tokens=200, cache_dir=str(cache_folder), max_tokens=600, device="cpu",
+        test="modules", second_data=str(data_folder),
     )  # fmt: skip
     analyze(config, tmp_path / "out", "command")
+    modules = pd.read_parquet(tmp_path / "out/tables/modules.parquet")
+    assert list(modules["corpus"]) == ["second half"] * 3 + [str(data_folder)] * 3
+    assert (modules["sets"] == 15).all()  # one of four experts in two layers
+    write_figures(tmp_path / "out")
+    assert (tmp_path / "out/figures/modules.png").is_file()
+    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert page.count("no module. Without experts 0: ") == 6
     load = pd.read_parquet(tmp_path / "out/tables/expert_load.parquet")
     assert set(load["layer"]) == {0, 1}
     assert set(load["slot"]) == {-1, 0, 1}

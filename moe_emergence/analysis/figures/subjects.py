@@ -141,6 +141,15 @@ def plot_knockout(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
 
 
+def plot_modules(table: pd.DataFrame) -> Figure:
+    """Damage of each module on each domain."""
+    return heatmaps(
+        table, rows="domain", columns="on", value="damage", panels=("run", "corpus"), signed=True,
+        scale=1000, label="increase of lm_loss on the domain (thousandths of a nat per token)",
+        title="What is lost without each domain's module",
+    )  # fmt: skip
+
+
 def plot_similarity(table: pd.DataFrame) -> Figure:
     """Cosines between experts."""
     return heatmaps(

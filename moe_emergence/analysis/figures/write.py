@@ -78,6 +78,10 @@ FIGURES: dict[str, FigureOf] = {
         "knockout", subjects.plot_knockout,
         "Loss per domain when an expert is taken away, over that of the whole model.",
     ),
+    "modules": FigureOf(
+        "module_damage", subjects.plot_modules,
+        "What every domain loses without the experts that were named as a domain's module.",
+    ),
     "similarity": FigureOf(
         "similarity", subjects.plot_similarity,
         "Cosine between experts: of their weights, of what training added, of their outputs.",

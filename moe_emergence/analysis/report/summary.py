@@ -41,6 +41,8 @@ class RunFinding:
     about: Mapping[str, Any]
     layers: tuple[LayerFinding, ...]
     collapse: str
+    modules: tuple[str, ...]
+    """What the module test says, a sentence for each text and domain."""
 
 
 def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) -> list[RunFinding]:
@@ -51,6 +53,7 @@ def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) ->
             run,
             tuple(_layers(_of(tables, "information", run), _of(tables, "routing", run))),
             _collapse(_of(tables, "collapse", run)),
+            tuple(map(_module, _of(tables, "modules", run).to_dict("records"))),
         )
         for run in runs
     ]
@@ -82,4 +85,14 @@ def _collapse(table: pd.DataFrame) -> str:
     return (
         f"largest share of any expert over training {worst['largest_share']:.0%} "
         f"(layer {int(worst['layer'])}, step {int(worst['step'])})"
+    )
+
+
+def _module(row: Mapping[str, Any]) -> str:
+    verdict = "a module" if row["passes"] else "no module"
+    return (
+        f"{row['domain']}, {row['corpus']}: {verdict}. Without experts {row['experts']} it loses "
+        f"{row['damage']:.3f} nats per token ({row['damage_low']:.3f} to {row['damage_high']:.3f}; "
+        f"{int(row['sets'])} random sets {row['random_mean']:.3f}, 95% below "
+        f"{row['random_95']:.3f}), the other domains {row['off_target']:.3f}"
     )

@@ -1,0 +1,210 @@
+"""Whether the experts of a domain are a module of it: named on one text, taken away on another.
+
+Letters: E experts, S sets of experts, R blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from moe_emergence.analysis.ablation import Floats, block_losses, without_experts
+from moe_emergence.analysis.routers import RouterInfo, find_routers
+from moe_emergence.progress import progress_bar
+
+RANDOM_SETS = 100
+CANDIDATES = 4_000
+SHARE = 0.25
+"""Of a layer's experts that make a module."""
+ALPHA = 0.05
+OFF_TARGET = 1 / 3
+OVER_RANDOM = 2.0
+RESAMPLES = 1_000
+
+ExpertSet = tuple[tuple[int, ...], ...]
+"""The experts of a set in every mixture layer, ascending."""
+
+
+@dataclass(frozen=True, eq=False)
+class Naming:
+    """What is known of a model's experts from the text on which modules are named."""
+
+    domains: tuple[str, ...]
+    selectivity: dict[str, Floats]
+    """Per domain (layers, E): what the domain loses without the expert, less the mean of what the
+    others lose. Nats per token."""
+    load: Floats
+    """(layers, E) share of the layer's assignments, domains weighted alike."""
+
+
+def name_modules(knockout: pd.DataFrame, expert_domain: pd.DataFrame) -> Naming:
+    """From the tables `knockout` and `expert_domain` of one model on the naming text."""
+    each = knockout[knockout["domain"] != "all"]
+    domains = tuple(dict.fromkeys(each["domain"]))
+    cubes = {
+        domain: each[each["domain"] == domain]
+        .pivot(index="layer", columns="expert", values="increase")
+        .to_numpy()
+        for domain in domains
+    }
+    together = np.stack(list(cubes.values()))
+    others = (together.sum(axis=0) - together) / max(len(domains) - 1, 1)
+    selectivity = dict(zip(domains, together - others, strict=True))
+    of_all = expert_domain[expert_domain["slot"] == -1]
+    load = of_all.groupby(["layer", "expert"])["fraction"].mean().unstack().to_numpy()
+    return Naming(domains, selectivity, load)
+
+
+def most_selective(scores: Floats, size: int) -> ExpertSet:
+    """In every layer the `size` experts with the largest of `scores` (layers, E)."""
+    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :size]
+    return tuple(tuple(sorted(row.tolist())) for row in chosen)
+
+
+def random_sets(named: ExpertSet, load: Floats, count: int, seed: int) -> list[ExpertSet]:
+    """Other sets with as many experts in every layer, the `count` nearest to `named` in total load.
+
+    Drawn from 4,000 sets, from all where there are fewer.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = {
+        tuple(
+            tuple(sorted(rng.permutation(load.shape[1])[: len(layer)].tolist())) for layer in named
+        )
+        for _ in range(CANDIDATES)
+    } - {named}
+    target = total_load(named, load)
+    in_order = sorted(drawn)
+    nearest = sorted(in_order, key=lambda chosen: abs(total_load(chosen, load) - target))
+    return nearest[:count]
+
+
+def total_load(chosen: ExpertSet, load: Floats) -> float:
+    """Mean over the layers of the share of assignments that go to the set."""
+    shares = [load[place, list(experts)].sum() for place, experts in enumerate(chosen)]
+    return float(np.mean(shares))
+
+
+def module_tables(
+    model: nn.Module,
+    naming: Naming,
+    corpora: Mapping[str, Mapping[str, Tensor]],
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, pd.DataFrame]:
+    """Take the modules named by `naming`, and random sets in their place, out of the model.
+
+    For every domain the quarter of each layer's experts (one at least) that is most selective for
+    it is its module. It passes on a text where the domain loses more than without 95% of 100 random
+    sets of equal size and nearest load (of all other sets where there are fewer), and the other
+    domains lose at most a third of that on average (protocol: arXiv 2606.25092). A domain that any
+    ablation hurts most would pass as well, so the domain must also lose at least twice what it
+    loses without a random set on average. Intervals (95%) resample blocks.
+
+    `modules`: corpus, domain, experts, load, random_load, damage with interval, random_mean,
+    random_95, p, off_target with interval, sets, passes. `module_damage`: corpus, domain, on, and
+    the damage there, nats per token.
+
+    Args:
+        model: any mixture language model whose routers can be read; its mode is restored.
+        naming: of this model, from a text that shares no document with `corpora`.
+        corpora: by name, token ids (R, L) of each domain.
+        batch_size: blocks in one forward pass.
+        seed: of the random sets and the resampling.
+    """
+    routers = find_routers(model)
+    size = max(1, int(SHARE * naming.load.shape[1]))
+    named = {d: most_selective(naming.selectivity[d], size) for d in naming.domains}
+    rivals = {d: random_sets(named[d], naming.load, RANDOM_SETS, seed) for d in named}
+    every = dict.fromkeys([*named.values(), *(one for sets in rivals.values() for one in sets)])
+    rows: list[dict[str, Any]] = []
+    damages: list[dict[str, Any]] = []
+    was_training = model.training
+    model.eval()
+    try:
+        with progress_bar("modules", (1 + len(every)) * len(corpora)) as advance:
+            for corpus, blocks in corpora.items():
+                whole = block_losses(model, blocks, batch_size)
+                advance(1)
+                lost: dict[ExpertSet, dict[str, Floats]] = {}
+                for chosen in every:
+                    with without_experts(_by_router(routers, chosen)):
+                        losses = block_losses(model, blocks, batch_size)
+                    lost[chosen] = {d: losses[d] - whole[d] for d in whole}
+                    advance(1)
+                for domain in named:
+                    row = judge(
+                        domain, lost[named[domain]], [lost[one] for one in rivals[domain]], seed
+                    )
+                    load = [total_load(one, naming.load) for one in rivals[domain]]
+                    rows.append({
+                        "corpus": corpus, "domain": domain,
+                        "experts": _written(routers, named[domain]),
+                        "load": total_load(named[domain], naming.load),
+                        "random_load": float(np.mean(load)) if load else np.nan, **row,
+                    })  # fmt: skip
+                    damages += [
+                        {"corpus": corpus, "domain": domain, "on": on, "damage": float(of.mean())}
+                        for on, of in lost[named[domain]].items()
+                    ]
+    finally:
+        model.train(was_training)
+    return {"modules": pd.DataFrame(rows), "module_damage": pd.DataFrame(damages)}
+
+
+def judge(
+    domain: str, named: Mapping[str, Floats], rivals: Sequence[Mapping[str, Floats]], seed: int
+) -> dict[str, Any]:
+    """Whether what each block (R,) of each domain lost without the module makes it one.
+
+    Args:
+        domain: of the module.
+        named: losses without the module, less those of the whole model, per domain.
+        rivals: the same for random sets.
+        seed: of the resampling.
+    """
+    rng = np.random.default_rng(seed)
+    damage = float(named[domain].mean())
+    off_target = float(np.mean([named[d].mean() for d in named if d != domain]))
+    random = np.array([one[domain].mean() for one in rivals])
+    limit = float(np.quantile(random, 0.95)) if len(random) else np.nan
+    p = (1 + int((random >= damage).sum())) / (1 + len(random))
+    resampled = {d: _resampled_means(of, rng) for d, of in named.items()}
+    off = np.mean([resampled[d] for d in resampled if d != domain], axis=0)
+    low, high = np.quantile(resampled[domain], [0.025, 0.975])
+    off_low, off_high = np.quantile(off, [0.025, 0.975])
+    return {
+        "damage": damage, "damage_low": float(low), "damage_high": float(high),
+        "random_mean": float(random.mean()) if len(random) else np.nan, "random_95": limit,
+        "p": p,
+        "off_target": off_target, "off_low": float(off_low), "off_high": float(off_high),
+        "sets": len(random),
+        "passes": bool(
+            p < ALPHA
+            and damage > max(0.0, OVER_RANDOM * random.mean())
+            and off_target <= OFF_TARGET * damage
+        ),
+    }  # fmt: skip
+
+
+def _resampled_means(losses: Floats, rng: np.random.Generator) -> Floats:
+    drawn = rng.integers(0, len(losses), (RESAMPLES, len(losses)))
+    means: Floats = losses[drawn].mean(axis=1)
+    return means
+
+
+def _by_router(routers: Sequence[RouterInfo], chosen: ExpertSet) -> dict[RouterInfo, Sequence[int]]:
+    return dict(zip(routers, chosen, strict=True))
+
+
+def _written(routers: Sequence[RouterInfo], chosen: ExpertSet) -> str:
+    """`8: 1 5; 9: 0 2`."""
+    parts = [
+        f"{router.layer}: {' '.join(map(str, experts))}"
+        for router, experts in zip(routers, chosen, strict=True)
+    ]
+    return "; ".join(parts)
