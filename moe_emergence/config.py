@@ -42,9 +42,10 @@ class ModelConfig:
     router: Literal["learned", "frozen", "hash"] = "learned"
     """Router: learned, frozen (never trained; random, it is the null model of a learned one) or
     hash (of the token id, a null model)."""
-    router_init: Literal["random", "clusters"] = "random"
-    """Where a router starts: at random, or at the centres of clusters (k-means) of the base's own
-    hidden states, so that experts begin with tokens that are alike."""
+    router_init: Literal["random", "clusters", "domains"] = "random"
+    """Where a router starts: at random, at the centres of clusters (k-means) of the base's own
+    hidden states, so that experts begin with tokens that are alike, or (a positive control) told
+    the domains by regression, which shares the experts out among them."""
     top1_weight: Literal["straight-through", "probability"] = "straight-through"
     """Weight of a top-1 expert's output: 1 with the gradient of the chosen probability, or that
     probability itself (arXiv 2101.03961)."""

@@ -12,8 +12,12 @@ from small_models import ids, make_dense, make_model
 from torch import Tensor
 
 from moe_emergence.data.samples import TOKENS_TO_CLUSTER, text_to_cluster
-from moe_emergence.models import start_routers_at_clusters, upcycle
-from moe_emergence.models.clusters import _router_weight
+from moe_emergence.models import (
+    start_routers_at_clusters,
+    start_routers_at_domains,
+    upcycle,
+)
+from moe_emergence.models.clusters import _centres, _scaled
 
 
 def blobs(sizes: list[int], width: int, spread: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -23,6 +27,10 @@ def blobs(sizes: list[int], width: int, spread: float, seed: int) -> tuple[np.nd
     labels = np.repeat(np.arange(len(sizes)), sizes)
     states = centres[labels] + spread * rng.normal(size=(len(labels), width)) / width**0.5
     return (states * rng.uniform(2, 9, (len(labels), 1))).astype(np.float32), labels
+
+
+def _router_weight(states: np.ndarray, experts: int, seed: int) -> np.ndarray:
+    return _scaled(_centres(states, experts, seed), states)
 
 
 def entropy(states: np.ndarray, weight: np.ndarray) -> float:
@@ -94,15 +102,39 @@ def test_one_expert_takes_all() -> None:
 def test_what_cannot_be_clustered_is_refused() -> None:
     with pytest.raises(ValueError, match="--router-init clusters: the router of layer 1 has no"):
         start_routers_at_clusters(make_model(router="hash"), batches())
-    with pytest.raises(ValueError, match="--router-init clusters: 2 tokens for 4 experts"):
+    with pytest.raises(ValueError, match="--router-init: 2 tokens to cluster for 4 experts"):
         start_routers_at_clusters(make_model(), [ids(1, 2)])
 
 
 @pytest.mark.parametrize("length", [16, 512])
 def test_the_text_to_cluster_has_equal_parts(length: int) -> None:
     blocks = {d: torch.full((5000, length), n) for n, d in enumerate(("code", "math", "prose"))}
-    rows = torch.cat(list(text_to_cluster(blocks, 0)))
+    found = text_to_cluster(blocks, 0)
+    assert all((torch.cat(found[d]) == n).all() for n, d in enumerate(blocks))
+    rows = torch.cat([torch.cat(found[d]) for d in found])
     parts = rows[:, 0].bincount()
     assert parts.unique().numel() == 1
     assert TOKENS_TO_CLUSTER * 0.9 <= rows.numel() <= TOKENS_TO_CLUSTER
-    assert torch.cat(list(text_to_cluster({"code": blocks["code"][:2]}, 0))).shape == (2, length)
+    few = text_to_cluster({"code": blocks["code"][:2]}, 0)["code"]
+    assert torch.cat(few).shape == (2, length)
+
+
+def halves(rows: int) -> dict[str, list[Tensor]]:
+    """Two domains of different tokens."""
+    low, high = ids(rows, 12, 1) % 6, ids(rows, 12, 2) % 6 + 32
+    return {"low": list(low.split(4)), "high": list(high.split(4))}
+
+
+def test_a_router_told_the_domains_keeps_them_apart() -> None:
+    model = upcycle(make_dense(), [1, 3], 5, 1, router="frozen").eval()
+    start_routers_at_domains(model, halves(20), seed=1)
+    for domain, experts in (("low", {0, 1, 2}), ("high", {3, 4})):
+        fresh = torch.cat(halves(40)[domain])[20:]
+        for decision in model(input_ids=fresh).router_decisions:
+            inside = torch.isin(decision.topk_experts, torch.tensor(list(experts)))
+            assert inside.float().mean() > 0.9
+            assert set(decision.topk_experts.unique().tolist()) >= experts
+    with pytest.raises(ValueError, match="--router-init domains: 1 experts for 2 domains"):
+        start_routers_at_domains(upcycle(make_dense(), [1], 1, 1), halves(4))
+    with pytest.raises(ValueError, match="--router-init domains: the router of layer 1 has no"):
+        start_routers_at_domains(make_model(router="hash"), halves(4))

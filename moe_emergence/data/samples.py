@@ -1,7 +1,7 @@
 """What a domain looks like: a few lines of it to read, and whether its blocks are alike."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,10 +54,12 @@ def unlike(shares: Mapping[str, float]) -> dict[str, str]:
     }
 
 
-def text_to_cluster(blocks: Mapping[str, Tensor], seed: int) -> Iterator[Tensor]:
-    """Batches (B, L) of training text, 16,384 tokens in equal parts of the domains, by seed."""
+def text_to_cluster(blocks: Mapping[str, Tensor], seed: int) -> dict[str, tuple[Tensor, ...]]:
+    """Per domain batches (B, L) of training text drawn by seed, 16,384 tokens in equal parts."""
     generator = torch.Generator().manual_seed(seed)
-    for part in blocks.values():
+    found = {}
+    for domain, part in blocks.items():
         rows = max(1, TOKENS_TO_CLUSTER // (len(blocks) * part.shape[1]))
         chosen = torch.randperm(len(part), generator=generator)[:rows]
-        yield from part[chosen].split(8)
+        found[domain] = part[chosen].split(8)
+    return found

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from moe_emergence.models.block import MoECausalLMOutput
-from moe_emergence.models.clusters import start_routers_at_clusters
+from moe_emergence.models.clusters import start_routers_at_clusters, start_routers_at_domains
 from moe_emergence.models.configuration import MoEGPT2Config
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel, MoEGPT2Model
 from moe_emergence.models.upcycling import upcycle
@@ -24,5 +24,6 @@ __all__ = [
     "MoEGPT2LMHeadModel",
     "MoEGPT2Model",
     "start_routers_at_clusters",
+    "start_routers_at_domains",
     "upcycle",
 ]

@@ -3,7 +3,7 @@
 Letters: T tokens, H model width, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ Floats = npt.NDArray[np.floating[Any]]
 
 ENTROPY = 0.5
 """Mean entropy of the probabilities at the start, as a share of log E."""
+RIDGE = 0.01
+"""Penalty, in units of the mean square of a state's components."""
 TEMPERATURE = 0.1
 """Of the transport, in units of the cosine between a state and a centre."""
 
@@ -44,22 +46,76 @@ def start_routers_at_clusters(
     Raises:
         ValueError: for a hash router, and where there are fewer tokens than experts.
     """
+    routers = _routers(model, "clusters")
+    for index, states_TH in _router_inputs(model, routers, batches).items():
+        weight_EH = routers[index].weight
+        centres_EH = _centres(states_TH, len(weight_EH), seed + index)
+        weight_EH.copy_(torch.from_numpy(_scaled(centres_EH, states_TH)))
+
+
+@torch.no_grad()
+def start_routers_at_domains(
+    model: MoEGPT2LMHeadModel, batches: Mapping[str, Iterable[Tensor]], *, seed: int = 0
+) -> None:
+    """Tell every router the domains: the experts are shared out, and a linear map finds whose turn
+    it is.
+
+    Within each domain states are clustered as by `start_routers_at_clusters`, as many clusters as
+    the domain has experts (the first domains have one more where E is no multiple of their number).
+    The router is the ridge regression of a state on its cluster, in closed form (as the router of
+    arXiv 2603.29765 on its branch). The positive control of tests for specialists: what it does not
+    know of the domain, no linear router can.
+
+    Args:
+        model: with learned or frozen routers.
+        batches: per domain, token ids (B, L) of training text.
+        seed: of k-means.
+
+    Raises:
+        ValueError: for a hash router, fewer experts than domains, or too little text.
+    """
+    routers = _routers(model, "domains")
+    read = [_router_inputs(model, routers, of_domain) for of_domain in batches.values()]
+    for index, router in routers.items():
+        experts = len(router.weight)
+        if experts < len(read):
+            raise ValueError(
+                f"--router-init domains: {experts} experts for {len(read)} domains; raise "
+                "--num-experts"
+            )
+        labels, first = [], 0
+        for place, states in enumerate(read):
+            share = experts // len(read) + (place < experts % len(read))
+            centres = _centres(states[index], share, seed + index)
+            labels.append(first + (_normalised(states[index]) @ centres.T).argmax(axis=1))
+            first += share
+        states_TH = np.concatenate([states[index] for states in read])
+        weight_EH = _ridge(_normalised(states_TH), np.concatenate(labels), experts)
+        router.weight.copy_(torch.from_numpy(_scaled(weight_EH, states_TH)))
+
+
+def _ridge(directions_TH: Floats, labels_T: npt.NDArray[np.integer[Any]], experts: int) -> Floats:
+    """(E, H) regression of the labels' indicators, every cluster of the same weight."""
+    count_E = np.maximum(np.bincount(labels_T, minlength=experts), 1)
+    weight_T = 1 / count_E[labels_T]
+    moment_HH = (directions_TH * weight_T[:, None]).T @ directions_TH
+    target_EH = np.zeros((experts, directions_TH.shape[1]))
+    np.add.at(target_EH, labels_T, directions_TH * weight_T[:, None])
+    penalty = RIDGE * np.trace(moment_HH) / len(moment_HH)
+    solved: Floats = np.linalg.solve(moment_HH + penalty * np.eye(len(moment_HH)), target_EH.T).T
+    return solved.astype(np.float32)
+
+
+def _routers(model: MoEGPT2LMHeadModel, start: str) -> dict[int, TopKRouter]:
     routers: dict[int, TopKRouter] = {}
     for index, layer in model.moe_layers().items():
         if not isinstance(layer.router, TopKRouter):
             raise ValueError(
-                f"--router-init clusters: the router of layer {index} has no weights to start; "
+                f"--router-init {start}: the router of layer {index} has no weights to start; "
                 "give another --router"
             )
         routers[index] = layer.router
-    for index, states_TH in _router_inputs(model, routers, batches).items():
-        weight_EH = routers[index].weight
-        if len(states_TH) < len(weight_EH):
-            raise ValueError(
-                f"--router-init clusters: {len(states_TH)} tokens for {len(weight_EH)} experts; "
-                "give more text"
-            )
-        weight_EH.copy_(torch.from_numpy(_router_weight(states_TH, len(weight_EH), seed + index)))
+    return routers
 
 
 def _router_inputs(
@@ -84,15 +140,18 @@ def _router_inputs(
     return {index: torch.cat(parts).numpy() for index, parts in found.items()}
 
 
-def _router_weight(states_TH: Floats, num_experts: int, seed: int) -> Floats:
-    """(E, H) centres of balanced clusters of the states' directions, at the length for routing."""
+def _centres(states_TH: Floats, num_experts: int, seed: int) -> Floats:
+    """(E, H) centres, of length 1, of balanced clusters of the states' directions."""
     from sklearn.cluster import KMeans  # a second to import
 
+    if len(states_TH) < num_experts:
+        raise ValueError(
+            f"--router-init: {len(states_TH)} tokens to cluster for {num_experts} experts; give "
+            "more text"
+        )
     directions_TH = _normalised(states_TH)
     kmeans = KMeans(num_experts, n_init=4, random_state=seed).fit(directions_TH)
-    centres_EH = _balanced(directions_TH, _normalised(kmeans.cluster_centers_))
-    logits_TE = states_TH @ centres_EH.T
-    return centres_EH * _scale(logits_TE)
+    return _balanced(directions_TH, _normalised(kmeans.cluster_centers_))
 
 
 def _balanced(directions_TH: Floats, centres_EH: Floats) -> Floats:
@@ -109,10 +168,11 @@ def _balanced(directions_TH: Floats, centres_EH: Floats) -> Floats:
     return centres_EH
 
 
-def _scale(logits_TE: Floats) -> float:
-    """Factor that brings the mean entropy of the softmax to `ENTROPY` of what it is at most."""
-    if logits_TE.shape[1] == 1:
-        return 1.0
+def _scaled(weight_EH: Floats, states_TH: Floats) -> Floats:
+    """The weight times what brings the softmax to `ENTROPY` of the mean entropy it can have."""
+    if len(weight_EH) == 1:
+        return weight_EH
+    logits_TE = states_TH @ weight_EH.T
 
     from scipy.optimize import brentq
     from scipy.special import logsumexp, softmax
@@ -122,7 +182,8 @@ def _scale(logits_TE: Floats) -> float:
         entropy_T = logsumexp(scaled, axis=1) - (softmax(scaled, axis=1) * scaled).sum(axis=1)
         return float(entropy_T.mean() - ENTROPY * np.log(logits_TE.shape[1]))
 
-    return float(np.exp(brentq(excess, -12.0, 12.0)))
+    scaled_EH: Floats = weight_EH * np.exp(brentq(excess, -12.0, 12.0))
+    return scaled_EH
 
 
 def _normalised(rows: Floats) -> Floats:

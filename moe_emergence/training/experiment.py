@@ -8,6 +8,7 @@ complete is not done again.
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -19,7 +20,12 @@ from moe_emergence.data import PreparedData, check_same_data, prepare_data
 from moe_emergence.data.samples import text_to_cluster
 from moe_emergence.errors import RunError
 from moe_emergence.hub_access import reason
-from moe_emergence.models import MoEGPT2LMHeadModel, start_routers_at_clusters, upcycle
+from moe_emergence.models import (
+    MoEGPT2LMHeadModel,
+    start_routers_at_clusters,
+    start_routers_at_domains,
+    upcycle,
+)
 from moe_emergence.models.loading import (
     LanguageModel,
     load_dense_model,
@@ -167,9 +173,11 @@ def _upcycled(
             lb_coef=optim.lb_coef,
             z_coef=optim.z_coef,
         )
+        text = text_to_cluster(data.train_blocks, config.seed)
         if model.router_init == "clusters":
-            batches = text_to_cluster(data.train_blocks, config.seed)
-            start_routers_at_clusters(mixture, batches, seed=config.seed)
+            start_routers_at_clusters(mixture, chain(*text.values()), seed=config.seed)
+        elif model.router_init == "domains":
+            start_routers_at_domains(mixture, text, seed=config.seed)
         return mixture
 
     return make
