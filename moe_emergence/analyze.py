@@ -21,7 +21,7 @@ from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
-from moe_emergence.analysis.modules import module_tables, name_modules
+from moe_emergence.analysis.modules import halves, module_tables, name_on
 from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import (
@@ -75,7 +75,7 @@ class AnalyzeConfig:
     """Tokens on which every expert is knocked out, one after the other; 0 leaves it out."""
     test: Literal["none", "modules"] = "none"
     """Test by ablation: modules names every domain's experts on the first half of the text, and
-    takes them and random sets away on the second (some 300 passes over --knockout-tokens)."""
+    takes them and random sets away on the second (some 150 passes over --knockout-tokens)."""
     second_data: str | None = None
     """Another text to take the modules away on, named as for --data."""
     cache_dir: str = ".cache"
@@ -166,7 +166,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         found = routing_tables(source, reader, blocks, config)
         found |= model_tables(source, reader, blocks, config, device)
         if config.test == "modules":
-            found |= test_modules(source, reader, blocks, config)
+            found |= modules_of(source, blocks, config)
         about.append(describe(source, reader, blocks, config.batch_size, found))
         texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
         for key, table in found.items():
@@ -265,26 +265,14 @@ def model_tables(
     return tables
 
 
-def test_modules(
-    source: Source, reader: RouterReader, blocks: dict[str, Tensor], config: AnalyzeConfig
-) -> Tables:
+def modules_of(source: Source, blocks: dict[str, Tensor], config: AnalyzeConfig) -> Tables:
     """Modules named on the first half of every domain's blocks, and tested on the second."""
-    half = {domain: len(part) // 2 for domain, part in blocks.items()}
-    short = [domain for domain, size in half.items() if not size]
-    check(
-        not short, "--test", "modules", f"{', '.join(short)}: two blocks at least; give more text"
-    )
-    first = take({d: part[: half[d]] for d, part in blocks.items()}, config.knockout_tokens)
-    second = {d: part[half[d] :] for d, part in blocks.items()}
-    corpora = {"second half": take(second, config.knockout_tokens)}
+    first, second = (take(half, config.knockout_tokens) for half in halves(blocks))
+    corpora = {"second half": second}
     if config.second_data is not None:
         other, _ = text_blocks(source, config.second_data, config.block_size, config.cache_dir)
         corpora[config.second_data] = take(other, config.knockout_tokens)
-    counted = count_routing(reader, first, None, batch_size=config.batch_size, seed=config.seed)
-    alone = knockout_table(
-        source.model, first, counted.layers[0].num_experts, batch_size=config.batch_size
-    )
-    naming = name_modules(alone, expert_domain(counted.layers))
+    naming = name_on(source.model, first, batch_size=config.batch_size)
     return module_tables(
         source.model, naming, corpora, batch_size=config.batch_size, seed=config.seed
     )

@@ -13,19 +13,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_emergence.analysis.ablation import block_losses, without_experts
-from moe_emergence.analysis.knockout import knockout_table
-from moe_emergence.analysis.modules import (
-    RANDOM_SETS,
-    judge,
-    module_tables,
-    most_selective,
-    name_modules,
-    random_sets,
-    total_load,
-)
-from moe_emergence.analysis.routers import RouterReader, find_routers
-from moe_emergence.analysis.routing_tables import expert_domain
-from moe_emergence.analysis.streaming import count_routing
+from moe_emergence.analysis.module_sets import most_selective, rivals_of, total_load
+from moe_emergence.analysis.modules import RANDOM_SETS, halves, judge, module_tables, name_on
+from moe_emergence.analysis.routers import find_routers
 from moe_emergence.config import DOMAINS
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 
@@ -89,10 +79,7 @@ def decide_by(model: MoEGPT2LMHeadModel, by: str) -> None:
 
 
 def judged(model: MoEGPT2LMHeadModel, corpora: dict[str, Blocks]) -> dict[str, pd.DataFrame]:
-    named_on = chains(24, 1)
-    counted = count_routing(RouterReader(model), named_on, None)
-    naming = name_modules(knockout_table(model, named_on, E), expert_domain(counted.layers))
-    return module_tables(model, naming, corpora)
+    return module_tables(model, name_on(model, chains(24, 1)), corpora)
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +109,7 @@ def test_a_router_that_knows_nothing_of_domains_fails() -> None:
 
 def test_damage_is_that_of_a_model_without_the_experts(told: MoEGPT2LMHeadModel) -> None:
     blocks = chains(6, 4)
-    named_on = chains(24, 1)
-    counted = count_routing(RouterReader(told), named_on, None)
-    naming = name_modules(knockout_table(told, named_on, E), expert_domain(counted.layers))
+    naming = name_on(told, chains(24, 1))
     row = module_tables(told, naming, {"x": blocks})["modules"].iloc[0]
     module = most_selective(naming.selectivity["code"], 2)
     removed = dict(zip(find_routers(told), module, strict=True))
@@ -137,22 +122,34 @@ def test_damage_is_that_of_a_model_without_the_experts(told: MoEGPT2LMHeadModel)
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
-def test_random_sets_are_the_nearest_in_load_of_all(
+def test_rivals_are_other_sets_of_that_size_and_near_in_load(
     experts: int, layers: int, size: int, seed: int
 ) -> None:
     size = min(size, experts - 1)
-    load = np.random.default_rng(seed).dirichlet(np.ones(experts), layers)
-    named = most_selective(load, size)
+    rng = np.random.default_rng(seed)
+    load = rng.dirichlet(np.ones(experts), layers)
+    named = {d: most_selective(rng.random((layers, experts)), size) for d in DOMAINS}
     layer_sets = list(itertools.combinations(range(experts), size))
-    every = [one for one in itertools.product(layer_sets, repeat=layers) if one != named]
-    count = min(20, len(every))
-    found = random_sets(named, load, count, seed)
-    assert len(set(found)) == count
-    assert set(found) <= set(every)
-    distance = sorted(abs(total_load(one, load) - total_load(named, load)) for one in every)
-    if len(every) < 200:  # 4,000 draws leave none out
-        mine = [abs(total_load(one, load) - total_load(named, load)) for one in found]
-        assert mine == pytest.approx(distance[:count])
+    every = set(itertools.product(layer_sets, repeat=layers))
+    found = rivals_of(named, load, 20, seed)
+    for domain, own in named.items():
+        rivals = found[domain]
+        assert len(set(rivals)) == len(rivals) == min(20, len(every) - 1)
+        assert set(rivals) <= every - {own}
+    if layers == 1:
+        own, rivals = named["code"], found["code"]
+        distance = sorted(abs(total_load(one, load) - total_load(own, load)) for one in every)
+        mine = [abs(total_load(one, load) - total_load(own, load)) for one in rivals]
+        assert mine == pytest.approx(distance[1 : 1 + len(mine)])
+    assert len({one for rivals in found.values() for one in rivals}) <= 30
+
+
+def test_halves_share_no_block_and_need_two() -> None:
+    first, second = halves({"code": torch.arange(5)[:, None], "math": torch.arange(2)[:, None]})
+    assert [len(part) for half in (first, second) for part in half.values()] == [2, 1, 3, 1]
+    assert torch.equal(torch.cat([first["code"], second["code"]]), torch.arange(5)[:, None])
+    with pytest.raises(ValueError, match="--test modules: math: two blocks"):
+        halves({"code": torch.zeros(2, 4), "math": torch.zeros(1, 4)})
 
 
 @given(st.integers(0, 1000), st.floats(-1, 3), st.floats(-1, 1), st.integers(0, 120))

@@ -4,7 +4,6 @@ Letters: E experts, S sets of experts, R blocks.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,80 +11,27 @@ import pandas as pd
 from torch import Tensor, nn
 
 from moe_emergence.analysis.ablation import Floats, block_losses, without_experts
-from moe_emergence.analysis.routers import RouterInfo, find_routers
+from moe_emergence.analysis.knockout import knockout_table
+from moe_emergence.analysis.module_sets import (
+    ExpertSet,
+    Naming,
+    most_selective,
+    name_modules,
+    rivals_of,
+    total_load,
+)
+from moe_emergence.analysis.routers import RouterInfo, RouterReader, find_routers
+from moe_emergence.analysis.routing_tables import expert_domain
+from moe_emergence.analysis.streaming import count_routing
 from moe_emergence.progress import progress_bar
 
 RANDOM_SETS = 100
-CANDIDATES = 4_000
 SHARE = 0.25
 """Of a layer's experts that make a module."""
 ALPHA = 0.05
 OFF_TARGET = 1 / 3
 OVER_RANDOM = 2.0
 RESAMPLES = 1_000
-
-ExpertSet = tuple[tuple[int, ...], ...]
-"""The experts of a set in every mixture layer, ascending."""
-
-
-@dataclass(frozen=True, eq=False)
-class Naming:
-    """What is known of a model's experts from the text on which modules are named."""
-
-    domains: tuple[str, ...]
-    selectivity: dict[str, Floats]
-    """Per domain (layers, E): what the domain loses without the expert, less the mean of what the
-    others lose. Nats per token."""
-    load: Floats
-    """(layers, E) share of the layer's assignments, domains weighted alike."""
-
-
-def name_modules(knockout: pd.DataFrame, expert_domain: pd.DataFrame) -> Naming:
-    """From the tables `knockout` and `expert_domain` of one model on the naming text."""
-    each = knockout[knockout["domain"] != "all"]
-    domains = tuple(dict.fromkeys(each["domain"]))
-    cubes = {
-        domain: each[each["domain"] == domain]
-        .pivot(index="layer", columns="expert", values="increase")
-        .to_numpy()
-        for domain in domains
-    }
-    together = np.stack(list(cubes.values()))
-    others = (together.sum(axis=0) - together) / max(len(domains) - 1, 1)
-    selectivity = dict(zip(domains, together - others, strict=True))
-    of_all = expert_domain[expert_domain["slot"] == -1]
-    load = of_all.groupby(["layer", "expert"])["fraction"].mean().unstack().to_numpy()
-    return Naming(domains, selectivity, load)
-
-
-def most_selective(scores: Floats, size: int) -> ExpertSet:
-    """In every layer the `size` experts with the largest of `scores` (layers, E)."""
-    chosen = np.argsort(-scores, axis=1, kind="stable")[:, :size]
-    return tuple(tuple(sorted(row.tolist())) for row in chosen)
-
-
-def random_sets(named: ExpertSet, load: Floats, count: int, seed: int) -> list[ExpertSet]:
-    """Other sets with as many experts in every layer, the `count` nearest to `named` in total load.
-
-    Drawn from 4,000 sets, from all where there are fewer.
-    """
-    rng = np.random.default_rng(seed)
-    drawn = {
-        tuple(
-            tuple(sorted(rng.permutation(load.shape[1])[: len(layer)].tolist())) for layer in named
-        )
-        for _ in range(CANDIDATES)
-    } - {named}
-    target = total_load(named, load)
-    in_order = sorted(drawn)
-    nearest = sorted(in_order, key=lambda chosen: abs(total_load(chosen, load) - target))
-    return nearest[:count]
-
-
-def total_load(chosen: ExpertSet, load: Floats) -> float:
-    """Mean over the layers of the share of assignments that go to the set."""
-    shares = [load[place, list(experts)].sum() for place, experts in enumerate(chosen)]
-    return float(np.mean(shares))
 
 
 def module_tables(
@@ -119,7 +65,7 @@ def module_tables(
     routers = find_routers(model)
     size = max(1, int(SHARE * naming.load.shape[1]))
     named = {d: most_selective(naming.selectivity[d], size) for d in naming.domains}
-    rivals = {d: random_sets(named[d], naming.load, RANDOM_SETS, seed) for d in named}
+    rivals = rivals_of(named, naming.load, RANDOM_SETS, seed)
     every = dict.fromkeys([*named.values(), *(one for sets in rivals.values() for one in sets)])
     rows: list[dict[str, Any]] = []
     damages: list[dict[str, Any]] = []
@@ -154,6 +100,29 @@ def module_tables(
     finally:
         model.train(was_training)
     return {"modules": pd.DataFrame(rows), "module_damage": pd.DataFrame(damages)}
+
+
+def name_on(model: nn.Module, blocks: Mapping[str, Tensor], *, batch_size: int = 8) -> Naming:
+    """What is to be known for the names of modules, from knocking out every expert on `blocks`."""
+    counted = count_routing(RouterReader(model), blocks, None, batch_size=batch_size)
+    alone = knockout_table(model, blocks, counted.layers[0].num_experts, batch_size=batch_size)
+    return name_modules(alone, expert_domain(counted.layers))
+
+
+def halves(blocks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The first and the second half of each domain's blocks, which share one document at most.
+
+    Raises:
+        ValueError: for a domain of less than two blocks.
+    """
+    short = [domain for domain, part in blocks.items() if len(part) < 2]
+    if short:
+        raise ValueError(
+            f"--test modules: {', '.join(short)}: two blocks at least are needed; give more text"
+        )
+    half = {domain: len(part) // 2 for domain, part in blocks.items()}
+    first = {domain: part[: half[domain]] for domain, part in blocks.items()}
+    return first, {domain: part[half[domain] :] for domain, part in blocks.items()}
 
 
 def judge(
