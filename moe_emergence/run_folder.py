@@ -78,7 +78,12 @@ class RunFolder:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` to `path`: complete, or not at all.
+    """Write `values` to `path` as JSON, see `write_text`."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path`: complete, or not at all.
 
     Raises:
         RunError: when the disk is full or not writable, naming the path.
@@ -87,8 +92,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w", encoding="utf-8") as file:
-            json.dump(values, file, indent=2)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -165,7 +165,7 @@ def test_a_verdict_is_its_rule(seed: int, on: float, off: float, sets: int) -> N
     reached = sum(one["code"].mean() >= damage for one in rivals)
     assert found["p"] == (1 + reached) / (1 + sets)
     spill = np.mean([named[d].mean() for d in ("math", "prose")])
-    enough = damage > max(0, 2 * found["random_mean"]) if sets else False
+    enough = sets > 0 and found["damage_low"] > 0 and damage > 2 * found["random_mean"]
     assert found["passes"] == (found["p"] < 0.05 and enough and spill <= damage / 3)
     if sets < 19:
         assert not found["passes"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ if name in pathlib.Path(__file__).with_suffix(".hang").read_text().split():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     time.sleep(60)
 (run / "routing.npz").write_text("")
+if "--test-modules" in sys.argv:
+    (run / "modules.csv").write_text("")
 (run / "run_summary.json").write_text(json.dumps({"status": "completed"}))
 """
 
@@ -234,6 +237,12 @@ def test_the_command_runs_a_suite_from_end_to_end(
     assert exit_code(suite.main, ["report", str(TINY), "--out", out]) == 0
     table = (tmp_path / "suite" / "tables" / "specialisation.csv").read_text().splitlines()
     assert table[1].startswith("moe,0,learned,8,1")
+    report = (tmp_path / "suite" / "report.md").read_text()
+    modules = report[report.index("## Modules") : report.index("## Collapse")]
+    lines = [line for line in modules.splitlines() if line.startswith("| moe |")]
+    assert [line.split(" | ")[1] for line in lines] == ["code", "math", "prose"]
+    assert all(re.match(r"\| moe \| \w+ \| [01] of 1 ", line) for line in lines)
+    assert "| moe |" in report[report.index("## Churn") : report.index("## Modules")]
     capsys.readouterr()
     assert exit_code(suite.main, ["run", str(TINY), "--out", out, "--budget", "1"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

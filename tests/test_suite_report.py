@@ -9,7 +9,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from suite_folders import PLANS, SEEDS, VariantPlan, random_experts, write_run, write_suite
+from suite_folders import (
+    PLANS,
+    SEEDS,
+    VariantPlan,
+    random_experts,
+    specialists,
+    write_run,
+    write_suite,
+)
 
 from moe_emergence.experiments.collapse_study import (
     Load,
@@ -292,3 +300,40 @@ def test_runs_that_cannot_collapse_are_not_judged(tmp_path: Path) -> None:
     assert not study.runs["judged"].any()
     assert study.roc.empty
     assert study.collapsed == study.healthy == 0
+
+
+def test_a_frozen_router_that_started_at_clusters_is_no_null_model(tmp_path: Path) -> None:
+    at_clusters = {"router": "frozen", "router_init": "clusters"}
+    plans = (
+        VariantPlan("frozen", model={"router": "frozen"}),
+        VariantPlan("clusters", "frozen", model=at_clusters, experts=specialists),
+    )
+    folder = write_suite(tmp_path, plans)
+    records = collect(read_suite(folder))
+    table, _ = specialisation(records, lambda routing, seed: None, FEW)
+    assert set(table["router"]) == {"frozen", "frozen at clusters"}
+    against = against_nulls(table)
+    assert set(zip(against["variant"], against["null"], strict=True)) == {("clusters", "frozen")}
+    assert set(against["verdict"]) == {"more than the null"}
+
+
+def test_modules_and_churn_of_runs_are_in_the_report(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path, PLANS[:2])
+    columns = {
+        "corpus": "second half", "damage": 0.25, "random_mean": 0.0625, "random_95": 0.1,
+        "off_target": 0.01, "load": 0.25, "random_load": 0.24,
+    }  # fmt: skip
+    for seed in SEEDS:
+        rows = [
+            {"domain": d, "passes": d == "math" and seed < 3, **columns} for d in ("code", "math")
+        ]
+        pd.DataFrame(rows).to_csv(folder / f"moe/seed-{seed}/modules.csv", index=False)
+        with (folder / f"moe/seed-{seed}/metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": 100, "eval/layer_2_churn": 0.2}) + "\n")
+            file.write(json.dumps({"step": 100, "eval/layer_3_churn": 0.4}) + "\n")
+    text = build_report(folder, resampling=FEW).read_text()
+    assert "| moe | math | 3 of 5 | 0.2500 |" in text
+    assert "| moe | code | 0 of 5 | 0.2500 |" in text
+    assert "| moe | 30% |" in text
+    assert len(pd.read_csv(folder / "tables/modules.csv")) == 10
+    assert len(pd.read_csv(folder / "tables/churn.csv")) == 10

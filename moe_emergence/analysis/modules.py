@@ -25,6 +25,7 @@ from moe_emergence.analysis.routing_tables import expert_domain
 from moe_emergence.analysis.streaming import count_routing
 from moe_emergence.progress import progress_bar
 
+MODULES_FILE = "modules.csv"
 RANDOM_SETS = 100
 SHARE = 0.25
 """Of a layer's experts that make a module."""
@@ -49,7 +50,7 @@ def module_tables(
     sets of equal size and nearest load (of all other sets where there are fewer), and the other
     domains lose at most a third of that on average (protocol: arXiv 2606.25092). A domain that any
     ablation hurts most would pass as well, so the domain must also lose at least twice what it
-    loses without a random set on average. Intervals (95%) resample blocks.
+    loses without a random set on average, with an interval (95%, resampled blocks) above 0.
 
     `modules`: corpus, domain, experts, load, random_load, damage with interval, random_mean,
     random_95, p, off_target with interval, sets, passes. `module_damage`: corpus, domain, on, and
@@ -154,7 +155,8 @@ def judge(
         "sets": len(random),
         "passes": bool(
             p < ALPHA
-            and damage > max(0.0, OVER_RANDOM * random.mean())
+            and low > 0
+            and damage > OVER_RANDOM * random.mean()
             and off_target <= OFF_TARGET * damage
         ),
     }  # fmt: skip

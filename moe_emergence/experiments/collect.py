@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from moe_emergence.analysis.modules import MODULES_FILE
 from moe_emergence.config import DOMAINS
 from moe_emergence.experiments.description import BASE, SuiteFolder
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
@@ -18,6 +19,7 @@ LOSS_KEYS = {
     **{f"eval/lm_loss_{domain}": domain for domain in DOMAINS},
 }
 _FRACTION = re.compile(r"router/layer_(\d+)_expert_(\d+)_frac")
+_CHURN = re.compile(r"eval/layer_(\d+)_churn")
 _ENTROPY = re.compile(r"router/layer_(\d+)_entropy")
 
 ENDED = ("completed", "collapsed")
@@ -30,6 +32,7 @@ RUN_COLUMNS = (
 LOSS_COLUMNS = ("variant", "seed", "step", "domain", "lm_loss")
 FRACTION_COLUMNS = ("variant", "seed", "step", "layer", "expert", "fraction")
 ENTROPY_COLUMNS = ("variant", "seed", "step", "layer", "entropy")
+CHURN_COLUMNS = ("variant", "seed", "step", "layer", "churn")
 FINAL_COLUMNS = (
     "variant", "seed", "domain", "final_step", "final_lm_loss", "best_step", "best_lm_loss"
 )  # fmt: skip
@@ -49,6 +52,11 @@ class Records:
     """`FRACTION_COLUMNS`: shares of a layer's assignments in a training step."""
     entropies: pd.DataFrame
     """`ENTROPY_COLUMNS`: mean entropy of the clean router probabilities, nats."""
+    churn: pd.DataFrame
+    """`CHURN_COLUMNS`: share of a fixed text's tokens with another expert than at the evaluation
+    before."""
+    modules: pd.DataFrame
+    """variant, seed, and the columns of `analysis.modules`; empty where none were tested."""
     configs: dict[tuple[str, int], dict[str, Any]]
     """By variant and seed, where there is one."""
     manifests: dict[tuple[str, int], dict[str, Any]]
@@ -73,6 +81,8 @@ def collect(suite: SuiteFolder) -> Records:
     losses: list[tuple[Any, ...]] = []
     fractions: list[tuple[Any, ...]] = []
     entropies: list[tuple[Any, ...]] = []
+    churn: list[tuple[Any, ...]] = []
+    modules: list[pd.DataFrame] = []
     configs: dict[tuple[str, int], dict[str, Any]] = {}
     manifests: dict[tuple[str, int], dict[str, Any]] = {}
     environments: dict[tuple[str, int], dict[str, Any]] = {}
@@ -94,7 +104,10 @@ def collect(suite: SuiteFolder) -> Records:
                         found[key] = read_json(path)
                 metrics = read_metrics(run.metrics) if run.metrics.exists() else []
                 for measured in metrics:
-                    _sort_row(key, measured, losses, fractions, entropies)
+                    _sort_row(key, measured, losses, fractions, entropies, churn)
+                if (run.root / MODULES_FILE).exists():
+                    table = pd.read_csv(run.root / MODULES_FILE)
+                    modules.append(table.assign(variant=variant, seed=seed))
             except (ValueError, KeyError, OSError) as error:
                 row |= {"status": "unreadable", "problem": str(error)}
             row["max_steps"] = configs.get(key, {}).get("optim", {}).get("max_steps")
@@ -104,6 +117,8 @@ def collect(suite: SuiteFolder) -> Records:
         pd.DataFrame(losses, columns=list(LOSS_COLUMNS)),
         pd.DataFrame(fractions, columns=list(FRACTION_COLUMNS)),
         pd.DataFrame(entropies, columns=list(ENTROPY_COLUMNS)),
+        pd.DataFrame(churn, columns=list(CHURN_COLUMNS)),
+        pd.concat(modules, ignore_index=True) if modules else pd.DataFrame(),
         configs,
         manifests,
         environments,
@@ -127,6 +142,7 @@ def _sort_row(
     losses: list[tuple[Any, ...]],
     fractions: list[tuple[Any, ...]],
     entropies: list[tuple[Any, ...]],
+    churn: list[tuple[Any, ...]],
 ) -> None:
     """Put what a row of `metrics.jsonl` measured where it belongs."""
     for name, value in row.items():
@@ -136,6 +152,8 @@ def _sort_row(
             fractions.append((*key, row["step"], int(match[1]), int(match[2]), value))
         elif match := _ENTROPY.fullmatch(name):
             entropies.append((*key, row["step"], int(match[1]), value))
+        elif match := _CHURN.fullmatch(name):
+            churn.append((*key, row["step"], int(match[1]), value))
 
 
 def final_losses(records: Records) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
+from moe_emergence.analysis.modules import MODULES_FILE
 from moe_emergence.analysis.routing_record import ROUTING_FILE
 from moe_emergence.config import RunConfig
 from moe_emergence.errors import INTERRUPTED
@@ -77,7 +78,9 @@ def is_complete(planned: PlannedRun) -> bool:
         return False
     if planned.variant == BASE:
         return run.final_model.is_dir()
-    return not planned.config.model.moe_layers or (run.root / ROUTING_FILE).exists()
+    wanted = [ROUTING_FILE] if planned.config.model.moe_layers else []
+    wanted += [MODULES_FILE] if planned.test_modules else []
+    return all((run.root / name).exists() for name in wanted)
 
 
 def execute(runs: Sequence[PlannedRun], execution: Execution) -> list[RunState]:
@@ -147,6 +150,7 @@ def _start(state: RunState, execution: Execution) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     flags = ["--threads", str(execution.threads)] if execution.threads else []
     flags += ["--keep-models"] if execution.keep_models else []
+    flags += ["--test-modules"] if state.planned.test_modules else []
     with log.open("ab") as file:
         state.process = _spawn([*execution.command, str(plan), *flags], file)
     state.state, state.note = "running", ""

@@ -27,6 +27,7 @@ class PlannedRun:
     seed: int
     config: RunConfig
     needs_base: bool
+    test_modules: bool = False
 
     @property
     def name(self) -> str:
@@ -66,7 +67,8 @@ def plan_runs(
                 model = replace(placed.model, base=str(runs_base(root, seed).final_model))
                 optim = replace(placed.optim, pretrain_steps=0)
                 placed = replace(placed, model=model, optim=optim)
-            runs.append(PlannedRun(name, seed, placed, suite.base is not None))
+            tested = name in suite.test_modules
+            runs.append(PlannedRun(name, seed, placed, suite.base is not None, tested))
     return runs
 
 

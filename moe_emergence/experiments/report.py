@@ -19,6 +19,7 @@ from moe_emergence.experiments.collapse_study import CollapseStudy, loads, study
 from moe_emergence.experiments.collect import Records, collect, final_losses
 from moe_emergence.experiments.comparisons import MARGIN, compare
 from moe_emergence.experiments.description import BASE, SuiteFolder, read_suite
+from moe_emergence.experiments.modules import churn_section, modules_section
 from moe_emergence.experiments.specialisation import (
     Resampling,
     TypesOf,
@@ -136,6 +137,8 @@ def write_tables(evidence: Evidence, folder: Path) -> None:
         "specialisation_against_nulls": evidence.against_nulls,
         "router_entropy": records.entropies,
         "largest_share": largest_shares(records),
+        "churn": records.churn,
+        "modules": records.modules,
         "collapse_runs": collapse.runs,
         "collapse_roc": collapse.roc,
         "collapse_ranking": collapse.ranking,
@@ -205,6 +208,8 @@ def report_text(evidence: Evidence, shown: set[str]) -> str:
             evidence.specialisation, evidence.against_nulls, evidence.unread
         )
         + picture("specialisation", "Information per variant and layer"),
+        "## Churn\n\n" + churn_section(records.churn) if len(records.churn) else "",
+        "## Modules\n\n" + modules_section(records.modules) if len(records.modules) else "",
         "## Collapse\n\n"
         + sections.collapse_section(evidence.collapse)
         + picture("loads", "Largest expert's share over steps")

@@ -161,7 +161,7 @@ def specialisation(
             run = {
                 "variant": variant,
                 "seed": seed,
-                "router": records.setting(variant, seed, "model.router"),
+                "router": router_of(records, variant, seed),
                 "num_experts": num_experts,
                 "top_k": records.setting(variant, seed, "model.top_k"),
             }
@@ -180,6 +180,13 @@ def specialisation(
                 rows.extend({**run, **blocks, **row} for row in found)
             advance(1)
     return pd.DataFrame(rows), problems
+
+
+def router_of(records: Records, variant: str, seed: int) -> str:
+    """The router, with where it started if that was not at random: such a one is no null model."""
+    router = str(records.setting(variant, seed, "model.router"))
+    start = records.setting(variant, seed, "model.router_init") or "random"
+    return router if start == "random" else f"{router} at {start}"
 
 
 def against_nulls(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:

@@ -47,6 +47,8 @@ class Suite:
     None where variants start from `model.base`."""
     variants: tuple[SuiteVariant, ...]
     comparisons: tuple[Comparison, ...]
+    test_modules: tuple[str, ...] = ()
+    """Variants whose experts are tested by ablation when a run ends (`analysis.modules`)."""
 
 
 def built_in() -> list[str]:
@@ -95,6 +97,7 @@ def _suite(name: str, values: dict[str, Any]) -> Suite:
         None if base is None else dict(base["changes"]),
         variants,
         own + added,
+        tuple(values.pop("test_modules", ())),
     )
     if values:
         raise KeyError(f"unknown {', '.join(sorted(values))}")
@@ -118,6 +121,8 @@ def _check(suite: Suite, path: Path) -> None:
         for other in (variant.like, variant.flops_of):
             refuse(other not in (None, *known), f"{name} builds on {other}, which is not above it")
         known.add(name)
+    for name in suite.test_modules:
+        refuse(name not in known, f"tests the modules of {name}, which is not one of its variants")
     for pair in suite.comparisons:
         for name in (pair.variant, pair.control):
             refuse(name not in known, f"compares {name}, which is not one of its variants")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from moe_emergence.analysis.modules import MODULES_FILE, halves, module_tables, name_on
 from moe_emergence.analysis.routing_record import ROUTING_FILE, record_routing, save_routing
 from moe_emergence.command import run
 from moe_emergence.config import RunConfig
@@ -17,9 +18,11 @@ from moe_emergence.data import prepare_data
 from moe_emergence.errors import INTERRUPTED
 from moe_emergence.models import MoEGPT2LMHeadModel
 from moe_emergence.models.loading import load_trained_model
-from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.run_folder import RunFolder, read_json, write_text
 from moe_emergence.settings import from_dict
 from moe_emergence.training.experiment import run_experiment
+
+NAMED_ON, TESTED_ON = 16, 12
 
 
 def main(argv: list[str]) -> int:
@@ -27,6 +30,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m moe_emergence.experiments.worker")
     parser.add_argument("config", type=Path, help="a RunConfig as JSON")
     parser.add_argument("--threads", type=int, default=0, help="of this process on a CPU")
+    parser.add_argument("--test-modules", action="store_true", help="by ablation, at the end")
     parser.add_argument("--keep-models", action="store_true", help="do not delete what is big")
     options = parser.parse_args(argv)
     if options.threads:
@@ -38,6 +42,8 @@ def main(argv: list[str]) -> int:
     folder = RunFolder(Path(config.output_dir) / config.run_name)
     if config.model.moe_layers and not (folder.root / ROUTING_FILE).exists():
         record_final_routing(config, folder)
+    if options.test_modules and not (folder.root / MODULES_FILE).exists():
+        test_final_modules(config, folder)
     if not options.keep_models:
         delete_models(folder, keep_final=not config.model.moe_layers)
     return 0
@@ -45,14 +51,34 @@ def main(argv: list[str]) -> int:
 
 def record_final_routing(config: RunConfig, folder: RunFolder) -> None:
     """Write `routing.npz`: where the final model sends the blocks it was evaluated on."""
+    blocks = prepare_data(config.data, config.seed).eval_blocks
+    record = record_routing(
+        final_mixture(config, folder), blocks, max_blocks=config.monitor.eval_blocks
+    )
+    save_routing(record, folder.root / ROUTING_FILE)
+
+
+def test_final_modules(config: RunConfig, folder: RunFolder) -> None:
+    """Write `modules.csv`: the test of the final model's modules, on evaluation blocks.
+
+    They are named on 16 blocks of each domain's first half and taken away on 12 of the second.
+    """
+    model = final_mixture(config, folder)
+    first, second = halves(prepare_data(config.data, config.seed).eval_blocks)
+    naming = name_on(model, {domain: part[:NAMED_ON] for domain, part in first.items()})
+    tested = {domain: part[:TESTED_ON] for domain, part in second.items()}
+    table = module_tables(model, naming, {"second half": tested}, seed=config.seed)["modules"]
+    write_text(folder.root / MODULES_FILE, table.to_csv(index=False))
+
+
+def final_mixture(config: RunConfig, folder: RunFolder) -> MoEGPT2LMHeadModel:
+    """The final model, on the device of the run; `ValueError` where it is no mixture."""
     model = load_trained_model(folder.final_model)
     if not isinstance(model, MoEGPT2LMHeadModel):
         raise ValueError(f"{folder.final_model}: holds no mixture of experts")
     if config.device != "cpu" and torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")
-    blocks = prepare_data(config.data, config.seed).eval_blocks
-    record = record_routing(model, blocks, max_blocks=config.monitor.eval_blocks)
-    save_routing(record, folder.root / ROUTING_FILE)
+    return model
 
 
 def delete_models(folder: RunFolder, *, keep_final: bool) -> None:
