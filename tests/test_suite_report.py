@@ -332,8 +332,8 @@ def test_modules_and_churn_of_runs_are_in_the_report(tmp_path: Path) -> None:
             file.write(json.dumps({"step": 100, "eval/layer_2_churn": 0.2}) + "\n")
             file.write(json.dumps({"step": 100, "eval/layer_3_churn": 0.4}) + "\n")
     text = build_report(folder, resampling=FEW).read_text()
-    assert "| moe | math | 3 of 5 | 0.2500 |" in text
-    assert "| moe | code | 0 of 5 | 0.2500 |" in text
+    assert "| moe | math | 3 of 5 (23–88%) | 0.2500 |" in text
+    assert "| moe | code | 0 of 5 (0–43%) | 0.2500 |" in text
     assert "| moe | 30% |" in text
     assert len(pd.read_csv(folder / "tables/modules.csv")) == 10
     assert len(pd.read_csv(folder / "tables/churn.csv")) == 10
