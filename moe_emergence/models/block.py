@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from moe_emergence.models.configuration import MoEGPT2Config
+from moe_emergence.models.mixture import mixture_layer
 from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise
 
 
@@ -51,17 +52,7 @@ class MoEGPT2Block(GradientCheckpointingLayer):
         # what wraps a layer later is no instance of its class
         self.is_moe = layer_idx in config.moe_layers
         if self.is_moe:
-            self.mlp = MoELayer(
-                width,
-                inner,
-                config.num_experts,
-                config.num_experts_per_tok,
-                router=config.router,
-                top1_weight=config.top1_weight,
-                use_expert_bias=config.use_expert_bias,
-                expert_bias_rate=config.expert_bias_rate,
-                layer=layer_idx,
-            )
+            self.mlp = mixture_layer(config, width, inner, "gelu_tanh", layer_idx)
             self.dropout = nn.Dropout(config.resid_pdrop)
         else:
             self.mlp = GPT2MLP(inner, config)

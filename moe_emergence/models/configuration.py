@@ -1,17 +1,21 @@
-"""Configuration of a GPT-2 with mixture-of-experts layers."""
+"""Configurations of models with mixture-of-experts layers."""
 
+from dataclasses import dataclass
 from typing import get_args
 
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from moe_emergence.moe.routing import RouterKind, Top1Weight
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """transformers' names for the activation of GPT-2's MLP."""
+SILU = ("silu", "swish")
+"""And for that of the gate in a SwiGLU MLP."""
 
 
-class MoEGPT2Config(GPT2Config):
-    """A `GPT2Config` that also says which layers are mixtures of experts.
+@dataclass(kw_only=True)
+class MixtureConfig:
+    """What a dense family's configuration gets on top: which layers are mixtures of experts.
 
     Attributes:
         moe_layers: indices of the layers whose MLP is a mixture.
@@ -26,7 +30,6 @@ class MoEGPT2Config(GPT2Config):
     The dispatcher is no part of it: it changes how fast the model runs, not what it computes.
     """
 
-    model_type = "moe_gpt2"
     keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads a plain class attribute
         "cache",
         "lm_loss",
@@ -46,7 +49,7 @@ class MoEGPT2Config(GPT2Config):
     z_coef: float = 0.001
 
     def __post_init__(self, **kwargs: object) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # of the dense family
         self.moe_layers = sorted(self.moe_layers)
         if len(set(self.moe_layers)) < len(self.moe_layers):
             raise ValueError(f"moe_layers {self.moe_layers}: name each layer once")
@@ -56,15 +59,13 @@ class MoEGPT2Config(GPT2Config):
         if self.top1_weight not in get_args(Top1Weight):
             kinds = ", ".join(get_args(Top1Weight))
             raise ValueError(f"top1_weight {self.top1_weight!r}: choose from {kinds}")
-        if self.moe_layers and self.activation_function not in TANH_GELU:
-            raise ValueError(
-                f"activation_function {self.activation_function!r}: experts have a tanh GELU, "
-                f"give {' or '.join(TANH_GELU)}"
-            )
-        outside = [i for i in self.moe_layers if not 0 <= i < self.n_layer]
+        if self.moe_layers:
+            self.check_mlp()
+        layers: int = self.num_hidden_layers  # type: ignore[attr-defined]  # of the dense family
+        outside = [i for i in self.moe_layers if not 0 <= i < layers]
         if outside:
             raise ValueError(
-                f"moe_layers {self.moe_layers}: the model has layers 0 to {self.n_layer - 1}, "
+                f"moe_layers {self.moe_layers}: the model has layers 0 to {layers - 1}, "
                 f"not {outside}"
             )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
@@ -72,3 +73,61 @@ class MoEGPT2Config(GPT2Config):
                 f"num_experts_per_tok {self.num_experts_per_tok}: give a number from 1 to "
                 f"num_experts ({self.num_experts})"
             )
+
+    def check_mlp(self) -> None:
+        """Refuse an MLP that experts cannot be copies of."""
+
+
+class MoEGPT2Config(MixtureConfig, GPT2Config):
+    """A `GPT2Config` with mixture layers."""
+
+    model_type = "moe_gpt2"
+
+    def check_mlp(self) -> None:
+        """Experts have a tanh GELU."""
+        if self.activation_function not in TANH_GELU:
+            raise ValueError(
+                f"activation_function {self.activation_function!r}: experts have a tanh GELU, "
+                f"give {' or '.join(TANH_GELU)}"
+            )
+
+
+class SwiGLUMixtureConfig(MixtureConfig):
+    """Of families whose MLP is `down(silu(gate(x)) * up(x))`."""
+
+    output_router_decisions = True
+    """Tells transformers' output capturing to collect them."""
+    hidden_act: str
+
+    def check_mlp(self) -> None:
+        """Experts are SwiGLU without biases."""
+        if self.hidden_act not in SILU:
+            raise ValueError(
+                f"hidden_act {self.hidden_act!r}: experts are SwiGLU, give {' or '.join(SILU)}"
+            )
+        if getattr(self, "mlp_bias", False):
+            raise ValueError("mlp_bias True: SwiGLU experts have no biases, give False")
+
+
+class MoELlamaConfig(SwiGLUMixtureConfig, LlamaConfig):
+    """A `LlamaConfig` with mixture layers."""
+
+    model_type = "moe_llama"
+
+
+class MoEMistralConfig(SwiGLUMixtureConfig, MistralConfig):
+    """A `MistralConfig` with mixture layers."""
+
+    model_type = "moe_mistral"
+
+
+class MoEQwen2Config(SwiGLUMixtureConfig, Qwen2Config):
+    """A `Qwen2Config` with mixture layers."""
+
+    model_type = "moe_qwen2"
+
+
+class MoEQwen3Config(SwiGLUMixtureConfig, Qwen3Config):
+    """A `Qwen3Config` with mixture layers."""
+
+    model_type = "moe_qwen3"

@@ -5,95 +5,36 @@ Parameters have GPT-2's names; a converted layer has `mlp.router` and `mlp.exper
 """
 
 import math
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, GPT2PreTrainedModel
-from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.logging import get_logger
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from moe_emergence.models.block import MoECausalLMOutput, MoEGPT2Block, MoEModelOutput
 from moe_emergence.models.configuration import MoEGPT2Config
-from moe_emergence.moe import MoELayer, RouterNoise, auxiliary_losses
-from moe_emergence.moe.dispatch import get_dispatcher
-from moe_emergence.moe.experts import Experts
-from moe_emergence.moe.routing import TopKRouter
-from moe_emergence.moe.tuning import TuningTable
-
-logger = get_logger(__name__)
-
-_FORMER_NAMES = {rf"\.experts\.b{i}": f".experts.w{i}_bias" for i in (1, 2)}
+from moe_emergence.models.mixture import MixtureModel, mixture_losses
+from moe_emergence.moe import RouterNoise
 
 
-class MoEGPT2PreTrainedModel(GPT2PreTrainedModel):
+class MoEGPT2PreTrainedModel(MixtureModel, GPT2PreTrainedModel):
     """Weight initialisation, and what transformers needs to know about the family."""
 
     config_class = MoEGPT2Config
     config: MoEGPT2Config
     _no_split_modules = ["MoEGPT2Block"]  # noqa: RUF012 - transformers reads plain class attributes
-    _keep_in_fp32_modules_strict = ["expert_bias"]  # noqa: RUF012
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": OutputRecorder(MoEGPT2Block, index=0),
         "attentions": OutputRecorder(GPT2Attention, index=1),
     }
 
-    @classmethod
-    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As transformers' own; experts' biases are also read by the names b1 and b2."""
-        options["key_mapping"] = _FORMER_NAMES | (options.get("key_mapping") or {})
-        return super().from_pretrained(*args, **options)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, TopKRouter):
-            init.normal_(module.weight, std=std)
-            if module.expert_bias is not None:
-                init.zeros_(module.expert_bias)
-        elif isinstance(module, Experts):
-            init.normal_(module.w1, std=std)
-            init.normal_(module.w2, std=std / math.sqrt(2 * self.config.n_layer))
-            for bias in (module.w1_bias, module.w2_bias):
-                if bias is not None:
-                    init.zeros_(bias)
-
-    def moe_layers(self) -> dict[int, MoELayer]:
-        """The mixture layers by their index in the model, out of whatever wraps them."""
-        found = {}
-        for block in self.modules():
-            if isinstance(block, MoEGPT2Block) and block.is_moe:
-                inner = (m for m in block.mlp.modules() if isinstance(m, MoELayer))
-                found[block.layer_idx] = next(inner)
-        return found
-
-    def activation_checkpointing_enable(  # type: ignore[override]  # it grows parameters
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Recompute activations in the backward pass, see `PreTrainedModel`.
-
-        Raises:
-            ValueError: for reentrant checkpointing. It cuts the gradient of everything a block
-                returns beside its hidden states: the auxiliary losses would train nothing.
-        """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "activation_checkpointing_kwargs use_reentrant=True: it would drop the gradients "
-                "of the auxiliary losses; leave it out or give False"
-            )
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
-
-    def set_dispatch(self, name: str, table: TuningTable | None = None) -> None:
-        """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
-        for layer in self.modules():
-            if isinstance(layer, MoELayer):
-                layer.dispatcher = get_dispatcher(name, table)
+    def _output_std(self) -> float:
+        return self.config.initializer_range / math.sqrt(2 * self.config.n_layer)
 
 
 class MoEGPT2Model(MoEGPT2PreTrainedModel):
@@ -226,46 +167,14 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, kept])
-        loss, lm_loss, lb_loss, z_loss = None, None, None, None
-        if labels is None and num_items_in_batch is not None and outputs.router_decisions:
-            logger.warning_once(
-                "the labels were kept from the model, as by label smoothing: balance and z loss "
-                "are not in the loss; leave label_smoothing_factor at 0, or add auxiliary_losses "
-                "of router_decisions in a compute_loss_func"
-            )
-        if labels is not None:
-            counted = (labels[:, 1:] != -100).sum()
-            # of a batch without labels the mean is 0, not NaN
-            items = counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-            lm_loss = loss = self.loss_function(
-                logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=items
-            )
-            if outputs.router_decisions:
-                mask_T = _token_mask(attention_mask, hidden_states.shape[1])
-                lb_loss, z_loss = auxiliary_losses(outputs.router_decisions, mask_T)
-                auxiliary = self.config.lb_coef * lb_loss + self.config.z_coef * z_loss
-                if num_items_in_batch is not None:
-                    auxiliary = auxiliary * (counted / num_items_in_batch)
-                loss = lm_loss + auxiliary
+        losses = mixture_losses(
+            self, logits, labels, outputs.router_decisions, attention_mask, num_items_in_batch
+        )
         return MoECausalLMOutput(
-            loss=loss,
+            **losses,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            lm_loss=lm_loss,
-            lb_loss=lb_loss,
-            z_loss=z_loss,
             router_decisions=outputs.router_decisions,
         )
-
-
-def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:
-    """(B*L,) which of the last `length` tokens count, from an attention mask over all keys."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim == 4:
-        # true, or 0 where masks are added to the scores
-        seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-        attention_mask = seen.any(dim=2).any(dim=1)
-    return attention_mask[:, -length:].reshape(-1)
