@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from moe_emergence.models import MoEGPT2Config, MoEGPT2LMHeadModel, upcycle
 from moe_emergence.moe import HashRouter
@@ -240,8 +240,8 @@ def test_router_kinds_and_bias_are_passed_on() -> None:
 
 class TestRefusals:
     def test_another_architecture(self) -> None:
-        llama = LlamaForCausalLM(
-            LlamaConfig(
+        phi = PhiForCausalLM(
+            PhiConfig(
                 vocab_size=16,
                 hidden_size=8,
                 intermediate_size=8,
@@ -249,12 +249,12 @@ class TestRefusals:
                 num_attention_heads=1,
             )
         )
-        with pytest.raises(ValueError, match=r"--base: .* dense GPT-2, not LlamaForCausalLM"):
-            upcycle(llama, [0])
+        with pytest.raises(ValueError, match=r"--base: .* GPT-2, Llama, .*, not PhiForCausalLM"):
+            upcycle(phi, [0])
 
     def test_a_mixture(self) -> None:
         model = upcycle(make_dense(), [1], 2, 1)
-        with pytest.raises(ValueError, match=r"dense GPT-2, not MoEGPT2LMHeadModel"):
+        with pytest.raises(ValueError, match=r"not MoEGPT2LMHeadModel \(moe_gpt2\)"):
             upcycle(model, [2], 2, 1)
 
     @pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_emergence.analysis.routers import RouterInfo, RouterReader
-from moe_emergence.models.upcycling import DENSE_NAMES
+from moe_emergence.models.families import FAMILIES
 from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.dispatch import Dispatcher
 from moe_emergence.moe.experts import Experts
@@ -87,14 +87,15 @@ def stacked_weights(experts: nn.Module) -> dict[str, Tensor] | None:
 
 def _start(stacked: Mapping[str, Tensor], base: nn.Module | None, layer: int) -> Tensor | None:
     """The dense MLP that every expert began as, in the order of `stacked`; None where unknown."""
-    if base is None or set(stacked) != set(DENSE_NAMES):
+    family = None if base is None else FAMILIES.get(type(base))
+    if base is None or family is None or set(stacked) != set(family.sources):
         return None
-    parts = dict(base.get_submodule(f"transformer.h.{layer}.mlp").named_parameters())
-    if any(parts[DENSE_NAMES[n]].shape != stacked[n].shape[1:] for n in stacked):
+    state = base.state_dict()
+    parts = {name: torch.cat(family.parts(state, layer, name), dim=-1) for name in stacked}
+    if any(parts[name].shape != stacked[name].shape[1:] for name in stacked):
         return None
-    return torch.cat([parts[DENSE_NAMES[n]].float().flatten() for n in stacked]).to(
-        stacked["w1"].device
-    )
+    flat = torch.cat([parts[name].float().flatten() for name in stacked])
+    return flat.to(stacked["w1"].device)
 
 
 def _parent(model: nn.Module, router: RouterInfo) -> nn.Module:

@@ -1,7 +1,7 @@
 """The Hugging Face face: configuration, model classes and upcycling.
 
-Importing this package registers `moe_gpt2` with `AutoConfig` and `AutoModelForCausalLM`, and as a
-model for causal language modelling.
+Importing this package registers `moe_gpt2`, `moe_llama`, `moe_mistral`, `moe_qwen2` and `moe_qwen3`
+with `AutoConfig` and `AutoModelForCausalLM`, and as models for causal language modelling.
 """
 
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -10,15 +10,20 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from moe_emergence.models.block import MoECausalLMOutput
 from moe_emergence.models.clusters import start_routers_at_clusters, start_routers_at_domains
 from moe_emergence.models.configuration import MoEGPT2Config
+from moe_emergence.models.families import FAMILIES
+from moe_emergence.models.llama import MixtureForCausalLM
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel, MoEGPT2Model
 from moe_emergence.models.upcycling import upcycle
 
-AutoConfig.register(MoEGPT2Config.model_type, MoEGPT2Config, exist_ok=True)
-AutoModelForCausalLM.register(MoEGPT2Config, MoEGPT2LMHeadModel, exist_ok=True)
-# the stock Trainer's label smoothing shifts the labels of models that are named there only
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MoEGPT2Config.model_type, MoEGPT2LMHeadModel.__name__)
+for _family in FAMILIES.values():
+    _name = _family.config.model_type
+    AutoConfig.register(_name, _family.config, exist_ok=True)
+    AutoModelForCausalLM.register(_family.config, _family.mixture, exist_ok=True)
+    # the stock Trainer's label smoothing shifts the labels of models that are named there only
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(_name, _family.mixture.__name__)
 
 __all__ = [
+    "MixtureForCausalLM",
     "MoECausalLMOutput",
     "MoEGPT2Config",
     "MoEGPT2LMHeadModel",

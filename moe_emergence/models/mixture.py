@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     from emergence_kernels.activations import Activation
 
-    _Base = PreTrainedModel
+    _OfFamily = PreTrainedModel
 else:
-    _Base = object
+    _OfFamily = object
 
 logger = get_logger(__name__)
 
@@ -49,7 +49,7 @@ def mixture_layer(
     )
 
 
-class MixtureModel(_Base):
+class MixtureModel(_OfFamily):
     """Before a family's `PreTrainedModel`: weights of routers and experts, and ways to reach them.
 
     Blocks with a mixture have `is_moe` true, `layer_idx`, and the `MoELayer` in `mlp`.
