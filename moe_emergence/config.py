@@ -19,8 +19,8 @@ class ModelConfig:
     """Model: where the dense weights come from and which layers become mixtures of experts."""
 
     base: str = "gpt2"
-    """Dense base: a hub id (gpt2), a folder with a GPT-2 model, or "scratch" to pretrain one here.
-    """
+    """Dense base: a hub id (gpt2), a folder with a GPT-2, Llama, Mistral, Qwen2 or Qwen3 model, or
+    "scratch" to pretrain a GPT-2 here."""
     n_layer: int = 12
     """Transformer layers of a base made from scratch."""
     n_embd: int = 768

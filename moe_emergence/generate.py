@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_emergence.analysis.token_routing import print_routing
 from moe_emergence.command import parse, run
-from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
+from moe_emergence.models import MixtureModel, upcycle
 from moe_emergence.models.loading import LanguageModel, load_trained_model
 from moe_emergence.moe.dispatch import DispatchName, get_dispatcher
 from moe_emergence.settings import check
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
     console = Console(soft_wrap=True, highlight=False, emoji=False)
     console.print(tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
     if config.show_routing:
-        assert isinstance(model, MoEGPT2LMHeadModel)
+        assert isinstance(model, MixtureModel)
         print_routing(console, model, tokenizer, ids)
     return 0
 
@@ -123,13 +123,13 @@ def load(config: GenerateConfig) -> tuple[LanguageModel, PreTrainedTokenizerBase
         f"give one that fits the model, which has {model.config.vocab_size}",
     )
     if config.upcycle_layers:
-        if not isinstance(model, GPT2LMHeadModel):
+        if isinstance(model, MixtureModel):
             raise ValueError("--upcycle-layers: the model already is a mixture; leave the flag out")
         check(
-            all(0 <= layer < model.config.n_layer for layer in config.upcycle_layers),
+            all(0 <= layer < model.config.num_hidden_layers for layer in config.upcycle_layers),
             "--upcycle-layers",
             list(config.upcycle_layers),
-            f"the model has layers 0 to {model.config.n_layer - 1}",
+            f"the model has layers 0 to {model.config.num_hidden_layers - 1}",
         )
         model = upcycle(
             model,
@@ -138,7 +138,7 @@ def load(config: GenerateConfig) -> tuple[LanguageModel, PreTrainedTokenizerBase
             config.experts_per_token,
             seed=config.seed,
         )
-    if isinstance(model, MoEGPT2LMHeadModel):
+    if isinstance(model, MixtureModel):
         model.set_dispatch(config.dispatch)
     elif config.show_routing:
         raise ValueError("--show-routing: a dense model routes nothing; leave the flag out")
@@ -151,15 +151,18 @@ def generate(
 ) -> torch.Tensor:
     """Token ids (1, L) of the prompt and its continuation."""
     prompt = tokenizer(config.prompt, return_tensors="pt").to(config.device)
-    room = model.config.n_positions - prompt["input_ids"].shape[1]
+    sees: int = model.config.max_position_embeddings
+    room = sees - prompt["input_ids"].shape[1]
     check(
         room >= 1,
         "--prompt",
         f"of {prompt['input_ids'].shape[1]} tokens",
-        f"the model sees {model.config.n_positions}; give a shorter one",
+        f"the model sees {sees}; give a shorter one",
     )
     if room < config.max_new_tokens:
-        logger.warning("the model sees %d tokens: adding %d", model.config.n_positions, room)
+        logger.warning(
+            "the model sees %d tokens: adding %d", model.config.max_position_embeddings, room
+        )
     torch.manual_seed(config.seed)
     sampling: dict[str, Any] = {}
     if config.temperature > 0:

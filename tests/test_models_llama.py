@@ -1,5 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3 upcycled: the dense model at the start, a mixture from there."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from moe_emergence.config import RunConfig
 from moe_emergence.models import start_routers_at_clusters, upcycle
 from moe_emergence.models.families import FAMILIES
+from moe_emergence.models.loading import load_trained_model
 from moe_emergence.moe import RouterNoise, auxiliary_losses
+from moe_emergence.run_folder import RunFolder, read_metrics
+from moe_emergence.training.experiment import run_experiment
+from moe_emergence.training.objective import NextTokenLoss
+from moe_emergence.training.operators import use_fast_operators
 
 VOCAB = 64
 SHAPE: dict[str, Any] = {
@@ -171,6 +178,42 @@ def test_dispatchers_and_checkpointing_change_no_gradient(kind: str) -> None:
         scale = gradient.abs().max()
         assert (grouped[name] - gradient).abs().max() <= 1e-5 * scale + 1e-7, name
         assert (recomputed[name] - grouped[name]).abs().max() <= 1e-6 * scale + 1e-8, name
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("kind", DENSE)
+def test_the_trained_loss_is_the_models_own(kind: str, precision: str) -> None:
+    """Without masks where there is no window, with fast operators, and 16-bit attention."""
+    model = make_mixture(kind)
+    with torch.no_grad():
+        expected = model(ids(4, 20), labels=ids(4, 20)).lm_loss
+        use_fast_operators(model, torch.device("cpu"), precision)
+        losses, decisions = NextTokenLoss(model)(ids(4, 20))
+    assert losses.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(decisions) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "qwen2-window"])
+def test_the_trainer_upcycles_trains_and_resumes_it(
+    kind: str, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    make_dense(kind, vocab_size=300).save_pretrained(base)
+    config = replace(
+        tiny_config, model=replace(tiny_config.model, base=str(base), moe_layers=(1, 3)),
+        optim=replace(tiny_config.optim, pretrain_steps=0, learning_rate=1e-2),
+    )  # fmt: skip
+    assert run_experiment(replace(config, stop_after=3)).status == "interrupted"
+    assert run_experiment(replace(config, resume="auto")).status == "completed"
+    whole = replace(config, run_name="whole")
+    run_experiment(whole)
+    runs = [RunFolder(Path(config.output_dir) / name) for name in ("tiny", "whole")]
+    models = [load_trained_model(run.final_model).state_dict() for run in runs]
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+    rows = [row for row in read_metrics(runs[0].metrics) if "eval/lm_loss" in row]
+    assert rows[-1]["eval/lm_loss"] < rows[0]["eval/lm_loss"]
+    assert "eval/layer_3_churn" in rows[-1]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

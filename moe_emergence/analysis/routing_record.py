@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from moe_emergence.config import DOMAINS
-from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.models import MixtureModel
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import disk_error
 
@@ -40,7 +40,7 @@ class RoutingRecord:
 
 @torch.no_grad()
 def record_routing(
-    model: MoEGPT2LMHeadModel,
+    model: MixtureModel,
     blocks: Mapping[str, torch.Tensor],
     *,
     max_blocks: int = 0,

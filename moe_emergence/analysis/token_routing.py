@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.models import MixtureModel
 
 # Okabe and Ito's palette, told apart with any common colour vision
 _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
@@ -14,7 +14,7 @@ _COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#
 @torch.no_grad()
 def print_routing(
     console: Console,
-    model: MoEGPT2LMHeadModel,
+    model: MixtureModel,
     tokenizer: PreTrainedTokenizerBase,
     input_ids_1L: torch.Tensor,
 ) -> None:

@@ -17,7 +17,7 @@ from moe_emergence.config import DOMAINS, RunConfig
 from moe_emergence.data.loader import StepBatch
 from moe_emergence.experiments.flops import training_flops
 from moe_emergence.experiments.plan import PlannedRun, vocabulary_of
-from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
+from moe_emergence.models import MixtureModel, upcycle
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.moe import RouterNoise
 from moe_emergence.progress import progress_bar
@@ -154,7 +154,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     language_model = _random_model(config).train()
-    if isinstance(language_model, MoEGPT2LMHeadModel):
+    if isinstance(language_model, MixtureModel):
         language_model.set_dispatch(dispatch_of(config, accelerator))
     use_fast_operators(language_model, accelerator.device, accelerator.mixed_precision)
     optimizer = build_optimizer(language_model, config.optim)

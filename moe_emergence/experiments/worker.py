@@ -16,7 +16,7 @@ from moe_emergence.command import run
 from moe_emergence.config import RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.errors import INTERRUPTED
-from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.models import MixtureModel
 from moe_emergence.models.loading import load_trained_model
 from moe_emergence.run_folder import RunFolder, read_json, write_text
 from moe_emergence.settings import from_dict
@@ -71,10 +71,10 @@ def test_final_modules(config: RunConfig, folder: RunFolder) -> None:
     write_text(folder.root / MODULES_FILE, table.to_csv(index=False))
 
 
-def final_mixture(config: RunConfig, folder: RunFolder) -> MoEGPT2LMHeadModel:
+def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:
     """The final model, on the device of the run; `ValueError` where it is no mixture."""
     model = load_trained_model(folder.final_model)
-    if not isinstance(model, MoEGPT2LMHeadModel):
+    if not isinstance(model, MixtureModel):
         raise ValueError(f"{folder.final_model}: holds no mixture of experts")
     if config.device != "cpu" and torch.cuda.is_available():
         torch.nn.Module.to(model, "cuda")

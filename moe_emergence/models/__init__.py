@@ -12,6 +12,7 @@ from moe_emergence.models.clusters import start_routers_at_clusters, start_route
 from moe_emergence.models.configuration import MoEGPT2Config
 from moe_emergence.models.families import FAMILIES
 from moe_emergence.models.llama import MixtureForCausalLM
+from moe_emergence.models.mixture import MixtureModel
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel, MoEGPT2Model
 from moe_emergence.models.upcycling import upcycle
 
@@ -24,6 +25,7 @@ for _family in FAMILIES.values():
 
 __all__ = [
     "MixtureForCausalLM",
+    "MixtureModel",
     "MoECausalLMOutput",
     "MoEGPT2Config",
     "MoEGPT2LMHeadModel",

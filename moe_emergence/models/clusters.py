@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from moe_emergence.models.modeling import MoEGPT2LMHeadModel
+from moe_emergence.models.mixture import MixtureModel
 from moe_emergence.moe import TopKRouter
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -26,7 +26,7 @@ TEMPERATURE = 0.1
 
 @torch.no_grad()
 def start_routers_at_clusters(
-    model: MoEGPT2LMHeadModel, batches: Iterable[Tensor], *, seed: int = 0
+    model: MixtureModel, batches: Iterable[Tensor], *, seed: int = 0
 ) -> None:
     """Make every router's rows the centres of E clusters of the hidden states it reads.
 
@@ -55,7 +55,7 @@ def start_routers_at_clusters(
 
 @torch.no_grad()
 def start_routers_at_domains(
-    model: MoEGPT2LMHeadModel, batches: Mapping[str, Iterable[Tensor]], *, seed: int = 0
+    model: MixtureModel, batches: Mapping[str, Iterable[Tensor]], *, seed: int = 0
 ) -> None:
     """Tell every router the domains: the experts are shared out, and a linear map finds whose turn
     it is.
@@ -106,7 +106,7 @@ def _ridge(directions_TH: Floats, labels_T: npt.NDArray[np.integer[Any]], expert
     return solved.astype(np.float32)
 
 
-def _routers(model: MoEGPT2LMHeadModel, start: str) -> dict[int, TopKRouter]:
+def _routers(model: MixtureModel, start: str) -> dict[int, TopKRouter]:
     routers: dict[int, TopKRouter] = {}
     for index, layer in model.moe_layers().items():
         if not isinstance(layer.router, TopKRouter):
@@ -119,7 +119,7 @@ def _routers(model: MoEGPT2LMHeadModel, start: str) -> dict[int, TopKRouter]:
 
 
 def _router_inputs(
-    model: MoEGPT2LMHeadModel, routers: dict[int, TopKRouter], batches: Iterable[Tensor]
+    model: MixtureModel, routers: dict[int, TopKRouter], batches: Iterable[Tensor]
 ) -> dict[int, Floats]:
     """(T, H) fp32 inputs of every layer's router."""
     found: dict[int, list[Tensor]] = {index: [] for index in routers}

@@ -40,6 +40,8 @@ class Family:
     """Per parameter of `Experts` the dense parameters that lie side by side in it, by columns."""
     transposed: bool
     """Dense weights are (out, in), experts' (in, out)."""
+    dropout: Sequence[str]
+    """Where a dense configuration has its dropout probabilities."""
     obstacle: Callable[[Any], str | None]
     """What in a dense configuration cannot be made into experts, if anything."""
 
@@ -66,7 +68,8 @@ def _no_swiglu(config: Any) -> str | None:
 
 def _llama_class(name: str, dense: type[Any], config: type[Any], mixture: type[Any]) -> Family:
     sources = {"w1": ("gate_proj.weight", "up_proj.weight"), "w2": ("down_proj.weight",)}
-    return Family(name, dense, config, mixture, "model.layers.{}.mlp.", sources, True, _no_swiglu)
+    blocks, dropout = "model.layers.{}.mlp.", ("attention_dropout",)
+    return Family(name, dense, config, mixture, blocks, sources, True, dropout, _no_swiglu)
 
 
 FAMILIES = {
@@ -76,7 +79,7 @@ FAMILIES = {
             "GPT-2", GPT2LMHeadModel, MoEGPT2Config, MoEGPT2LMHeadModel, "transformer.h.{}.mlp.",
             {"w1": ("c_fc.weight",), "w1_bias": ("c_fc.bias",), "w2": ("c_proj.weight",),
              "w2_bias": ("c_proj.bias",)},
-            False, _no_gpt2_mlp,
+            False, ("resid_pdrop", "embd_pdrop", "attn_pdrop"), _no_gpt2_mlp,
         ),
         _llama_class("Llama", LlamaForCausalLM, MoELlamaConfig, llama.MoELlamaForCausalLM),
         _llama_class("Mistral", MistralForCausalLM, MoEMistralConfig, llama.MoEMistralForCausalLM),

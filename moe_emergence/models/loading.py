@@ -5,15 +5,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from moe_emergence.config import ModelConfig, check_layers_exist
 from moe_emergence.hub_access import check_model_reachable, reason
-from moe_emergence.models.modeling import MoEGPT2LMHeadModel
+from moe_emergence.models.families import FAMILIES, Family
+from moe_emergence.models.mixture import MixtureModel
 from moe_emergence.settings import check
 
-LanguageModel = GPT2LMHeadModel | MoEGPT2LMHeadModel
+LanguageModel = PreTrainedModel
+"""Dense, or a `MixtureModel`."""
 
 
 def new_dense_model(
@@ -30,18 +38,19 @@ def new_dense_model(
             n_head=model.n_head,
             bos_token_id=tokenizer.eos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            **_dropout(model),
+            **_dropout(FAMILIES[GPT2LMHeadModel], model),
         )
     )
 
 
 def load_dense_model(
     model: ModelConfig, tokenizer: Tokenizer, block_size: int, cache_dir: str
-) -> GPT2LMHeadModel:
-    """The dense GPT-2 that `--base` names, checked against tokenizer, block size and layers.
+) -> PreTrainedModel:
+    """The dense model that `--base` names, checked against tokenizer, block size and layers.
 
     Raises:
-        ValueError: when it cannot be loaded, is not a dense GPT-2, or does not fit the rest.
+        ValueError: when it cannot be loaded, is of no family that can be upcycled, or does not fit
+            the rest.
     """
     base = model.base
     options: dict[str, Any] = {"cache_dir": str(Path(cache_dir) / "models")}
@@ -56,16 +65,15 @@ def load_dense_model(
     except (OSError, ValueError) as error:
         raise ValueError(
             f"--base {base}: no model could be loaded ({reason(error)}); give a folder with "
-            f'a GPT-2 model, or "scratch" with --pretrain-steps'
+            f'a dense model, or "scratch" with --pretrain-steps'
         ) from error
-    check(
-        isinstance(config, GPT2Config) and config.model_type == "gpt2",
-        "--base",
-        base,
-        f"give a dense GPT-2, not a {config.model_type} model",
-    )
-    loaded = _load(base, "--base", **options, **_dropout(model))
-    assert isinstance(loaded, GPT2LMHeadModel)
+    family = _family_of_config(config)
+    if family is None:
+        known = ", ".join(family.name for family in FAMILIES.values())
+        raise ValueError(
+            f"--base {base}: give a dense model of {known}, not a {config.model_type} model"
+        )
+    loaded = _load(base, "--base", **options, **_dropout(family, model))
     check(
         len(tokenizer) <= loaded.config.vocab_size,
         "--tokenizer",
@@ -73,12 +81,12 @@ def load_dense_model(
         f"give one that fits --base {base}, which has {loaded.config.vocab_size}",
     )
     check(
-        block_size <= loaded.config.n_positions,
+        block_size <= loaded.config.max_position_embeddings,
         "--block-size",
         block_size,
-        f"give at most {loaded.config.n_positions}, what --base {base} can see",
+        f"give at most {loaded.config.max_position_embeddings}, what --base {base} can see",
     )
-    check_layers_exist(model.moe_layers, loaded.config.n_layer)
+    check_layers_exist(model.moe_layers, loaded.config.num_hidden_layers)
     return loaded
 
 
@@ -91,8 +99,12 @@ def load_trained_model(folder: Path) -> LanguageModel:
     if not folder.is_dir():
         raise ValueError(f"{folder}: no model could be loaded (there is no such folder)")
     model = _load(str(folder), "model folder")
-    if not isinstance(model, (GPT2LMHeadModel, MoEGPT2LMHeadModel)):
-        raise ValueError(f"{folder}: holds a {type(model).__name__}, neither GPT-2 nor its mixture")
+    if type(model) not in FAMILIES and not isinstance(model, MixtureModel):
+        known = ", ".join(family.name for family in FAMILIES.values())
+        raise ValueError(
+            f"{folder}: holds a {type(model).__name__}, neither a dense model of {known} nor its "
+            "mixture"
+        )
     return model
 
 
@@ -118,5 +130,9 @@ def _load(place: str, flag: str, **options: Any) -> Any:
     return model
 
 
-def _dropout(model: ModelConfig) -> dict[str, Any]:
-    return dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
+def _dropout(family: Family, model: ModelConfig) -> dict[str, Any]:
+    return dict.fromkeys(family.dropout, model.dropout)
+
+
+def _family_of_config(config: Any) -> Family | None:
+    return next((f for f in FAMILIES.values() if f.dense.config_class is type(config)), None)

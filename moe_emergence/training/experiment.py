@@ -13,7 +13,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from transformers import GPT2LMHeadModel
 
 from moe_emergence.config import RunConfig, check_layers_exist
 from moe_emergence.data import PreparedData, check_same_data, prepare_data
@@ -21,7 +20,7 @@ from moe_emergence.data.samples import text_to_cluster
 from moe_emergence.errors import RunError
 from moe_emergence.hub_access import reason
 from moe_emergence.models import (
-    MoEGPT2LMHeadModel,
+    MixtureModel,
     start_routers_at_clusters,
     start_routers_at_domains,
     upcycle,
@@ -140,13 +139,13 @@ def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
     return found
 
 
-def _new_model(config: RunConfig) -> Callable[[PreparedData], GPT2LMHeadModel]:
+def _new_model(config: RunConfig) -> Callable[[PreparedData], LanguageModel]:
     return lambda data: new_dense_model(
         config.model, data.tokenizer, config.data.block_size, config.seed
     )
 
 
-def _loaded_model(config: RunConfig, base: str) -> Callable[[PreparedData], GPT2LMHeadModel]:
+def _loaded_model(config: RunConfig, base: str) -> Callable[[PreparedData], LanguageModel]:
     model = replace(config.model, base=base)
     return lambda data: load_dense_model(
         model, data.tokenizer, config.data.block_size, config.data.cache_dir
@@ -154,11 +153,11 @@ def _loaded_model(config: RunConfig, base: str) -> Callable[[PreparedData], GPT2
 
 
 def _upcycled(
-    config: RunConfig, start: Callable[[PreparedData], GPT2LMHeadModel]
-) -> Callable[[PreparedData], MoEGPT2LMHeadModel]:
+    config: RunConfig, start: Callable[[PreparedData], LanguageModel]
+) -> Callable[[PreparedData], LanguageModel]:
     model, optim = config.model, config.optim
 
-    def make(data: PreparedData) -> MoEGPT2LMHeadModel:
+    def make(data: PreparedData) -> LanguageModel:
         mixture = upcycle(
             start(data),
             model.moe_layers,
@@ -224,10 +223,10 @@ def _run_stage(
         return finished, False
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
     _start_folder(run, config, data, accelerator)
-    if isinstance(model, MoEGPT2LMHeadModel):
+    if isinstance(model, MixtureModel):
         dispatch = dispatch_of(config, accelerator)
         model.set_dispatch(dispatch, measured(config, model, accelerator))
-    check_layers_exist(config.model.moe_layers, model.config.n_layer)
+    check_layers_exist(config.model.moe_layers, model.config.num_hidden_layers)
     trainer = Trainer(config, model, data, run, accelerator, checkpoint)
     summary = trainer.train()
     accelerator.free_memory()

@@ -32,9 +32,9 @@ class NextTokenLoss(nn.Module):
         Under autocast the head's product is in its dtype, the loss in fp32.
         """
         noise = {} if router_noise is None else {"router_noise": router_noise}
-        with _without_masks(self.model.config):
-            outputs = self.model.transformer(input_ids=input_ids_BL, use_cache=False, **noise)
-        hidden_BLH, head_VH = outputs.last_hidden_state, self.model.lm_head.weight
+        with _without_masks(self.model.config, input_ids_BL.shape[1]):
+            outputs = self.model.base_model(input_ids=input_ids_BL, use_cache=False, **noise)
+        hidden_BLH, head_VH = outputs.last_hidden_state, self.model.get_output_embeddings().weight
         device = hidden_BLH.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -44,14 +44,16 @@ class NextTokenLoss(nn.Module):
 
 
 @contextmanager
-def _without_masks(config: PreTrainedConfig) -> Iterator[None]:
+def _without_masks(config: PreTrainedConfig, length: int) -> Iterator[None]:
     """No attention mask is made: blocks are full, and torch's attention is causal without one.
 
+    Layers that see a window shorter than the block keep theirs.
     Transformers would look for packed sequences in the positions of a dense model: on a GPU the
     host waits for the device to answer, and a CUDA graph gets a mask where none is needed.
     """
     kept = config._attn_implementation
-    if kept == "sdpa":
+    window = getattr(config, "sliding_window", None)
+    if kept == "sdpa" and (window is None or window >= length):
         config._attn_implementation = FULL_BLOCKS
     try:
         yield

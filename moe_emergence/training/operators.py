@@ -1,4 +1,4 @@
-"""Operators of GPT-2 that are faster on some devices and compute the same up to rounding.
+"""Operators that are faster on some devices and compute the same up to rounding.
 
 Letters: B sequences, A attention heads, L tokens in a sequence, D width of a head.
 """
@@ -62,7 +62,7 @@ def _causal_blocks(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """`causal_attention` as transformers calls it; what it does not cover goes to torch's own."""
-    if attention_mask is not None or dropout or query.shape[2] != key.shape[2]:
+    if attention_mask is not None or dropout or query.shape[1:3] != key.shape[1:3]:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from emergence_kernels.operators import triton_is_installed
 from moe_emergence.config import RunConfig
-from moe_emergence.models import MoEGPT2LMHeadModel
+from moe_emergence.models import MixtureModel
 from moe_emergence.moe.autotune import autotune
 from moe_emergence.moe.tuning import TuningTable, load_table, table_path
 
@@ -31,7 +31,7 @@ def tokens_of_a_pass(config: RunConfig) -> int:
 
 
 def measured(
-    config: RunConfig, model: MoEGPT2LMHeadModel, accelerator: Accelerator
+    config: RunConfig, model: MixtureModel, accelerator: Accelerator
 ) -> TuningTable | None:
     """What is known about this device; with `--autotune`, this run's shape is measured first."""
     device = accelerator.device
