@@ -19,8 +19,8 @@ class ModelConfig:
     """Model: where the dense weights come from and which layers become mixtures of experts."""
 
     base: str = "gpt2"
-    """Dense base: a hub id (gpt2), a folder with a GPT-2, Llama, Mistral, Qwen2 or Qwen3 model, or
-    "scratch" to pretrain a GPT-2 here."""
+    """Dense base: a hub id (gpt2), a folder with a GPT-2, Llama, Mistral, Qwen2 or Qwen3 model,
+    "smollm2" (of a Python package), or "scratch" to pretrain a GPT-2 here."""
     n_layer: int = 12
     """Transformer layers of a base made from scratch."""
     n_embd: int = 768
@@ -138,8 +138,8 @@ class DataConfig:
     """Training documents that are almost an evaluation document (Jaccard index of five-word
     shingles from 0.8 on): drop them, or keep and only count them."""
     tokenizer: str = "gpt2"
-    """Tokenizer: "gpt2" (from the hub), a folder with a tokenizer, or "train" (byte-level BPE on
-    the train split)."""
+    """Tokenizer: "gpt2" (from the hub), "smollm2", a folder with a tokenizer, or "train"
+    (byte-level BPE on the train split)."""
     vocab_size: int = 4096
     """Vocabulary of a tokenizer trained here, end-of-text token included."""
     text_field: str = "text"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moe_emergence.config import DataConfig
 from moe_emergence.hub_access import check_model_reachable, reason
 from moe_emergence.progress import progress_bar
+from moe_emergence.smollm2 import SMOLLM2, smollm2_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +32,8 @@ def load_tokenizer(config: DataConfig, train_texts: Sequence[str]) -> "PreTraine
         return trained_tokenizer(train_texts, config.vocab_size, config.cache_dir)
     if config.tokenizer == "gpt2":
         return gpt2_tokenizer(str(Path(config.cache_dir, "hub")))
+    if config.tokenizer == SMOLLM2:
+        return folder_tokenizer(str(smollm2_folder(config.cache_dir, "--tokenizer")))
     return folder_tokenizer(config.tokenizer)
 
 

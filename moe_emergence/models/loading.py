@@ -19,6 +19,7 @@ from moe_emergence.hub_access import check_model_reachable, reason
 from moe_emergence.models.families import FAMILIES, Family
 from moe_emergence.models.mixture import MixtureModel
 from moe_emergence.settings import check
+from moe_emergence.smollm2 import SMOLLM2, smollm2_folder
 
 LanguageModel = PreTrainedModel
 """Dense, or a `MixtureModel`."""
@@ -52,7 +53,7 @@ def load_dense_model(
         ValueError: when it cannot be loaded, is of no family that can be upcycled, or does not fit
             the rest.
     """
-    base = model.base
+    base = model.base if model.base != SMOLLM2 else str(smollm2_folder(cache_dir))
     options: dict[str, Any] = {"cache_dir": str(Path(cache_dir) / "models")}
     try:
         try:
