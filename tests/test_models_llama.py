@@ -23,6 +23,7 @@ from transformers import (
 
 from moe_emergence.config import RunConfig
 from moe_emergence.models import start_routers_at_clusters, upcycle
+from moe_emergence.models.export import to_transformers
 from moe_emergence.models.families import FAMILIES
 from moe_emergence.models.loading import load_trained_model
 from moe_emergence.moe import RouterNoise, auxiliary_losses
@@ -275,3 +276,37 @@ def test_what_has_no_swiglu_is_refused() -> None:
         if family.name != "GPT-2":
             with pytest.raises(ValueError, match="hidden_act 'gelu'"):
                 family.config(**SHAPE, moe_layers=[1], hidden_act="gelu")
+
+
+@pytest.mark.parametrize("router", ["learned", "frozen"])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("kind", ["llama", "mistral-window", "qwen3"])
+def test_exported_it_is_a_stock_model_with_the_same_logits(
+    kind: str, top_k: int, router: str, tmp_path: Path
+) -> None:
+    model = make_mixture(kind, top_k, router=router)
+    stock = to_transformers(model)
+    assert stock.config.model_type == ("qwen3_moe" if kind == "qwen3" else "mixtral")
+    stock.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(stock)
+    assert type(loaded).__module__.startswith("transformers.")
+    with torch.no_grad():
+        assert (loaded(ids()).logits - model(ids()).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("qwen2-window", {}, "only mixtures of Llama, Mistral and Qwen3"),
+        ("llama-untied", {}, "attention_bias"),
+        ("llama", {"router": "hash"}, "a hash router"),
+        ("llama", {"use_expert_bias": True}, "use_expert_bias"),
+        ("qwen3", {"top1_weight": "probability"}, "top1_weight probability"),
+    ],
+)
+def test_what_transformers_has_no_name_for_is_not_exported(
+    kind: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        to_transformers(make_mixture(kind, **options))
