@@ -21,8 +21,10 @@ from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
+from moe_emergence.analysis.module_sets import Naming
 from moe_emergence.analysis.modules import halves, module_tables, name_on
 from moe_emergence.analysis.report import write_report
+from moe_emergence.analysis.retention import best_experts, retention_table
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import (
     coactivation,
@@ -40,8 +42,11 @@ from moe_emergence.analysis.vocabulary import vocabulary_tables
 from moe_emergence.command import parse, run
 from moe_emergence.config import DOMAINS
 from moe_emergence.data.samples import poor_share, samples, unlike
+from moe_emergence.models import MixtureModel
+from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import check
+from moe_emergence.training.checkpoint import save_model_folder
 
 PROG = "python -m moe_emergence.analyze"
 
@@ -76,6 +81,11 @@ class AnalyzeConfig:
     test: Literal["none", "modules"] = "none"
     """Test by ablation: modules names every domain's experts on the first half of the text, and
     takes them and random sets away on the second (some 150 passes over --knockout-tokens)."""
+    keep_experts: tuple[str, ...] = ()
+    """With --test modules: for each domain named, write a model folder kept-DOMAIN that has only
+    the experts of --keep that the domain loses most without."""
+    keep: int = 2
+    """Experts per layer that --keep-experts keeps."""
     second_data: str | None = None
     """Another text to take the modules away on, named as for --data."""
     cache_dir: str = ".cache"
@@ -114,6 +124,15 @@ class AnalyzeConfig:
             self.second_data,
             "only --test modules reads a second text; give that, or leave it out",
         )
+        check(
+            not self.keep_experts or self.test == "modules",
+            "--keep-experts",
+            list(self.keep_experts),
+            "the module test names the experts; give --test modules too, or leave it out",
+        )
+        unknown = [domain for domain in self.keep_experts if domain not in DOMAINS]
+        check(not unknown, "--keep-experts", unknown, f"choose from {', '.join(DOMAINS)}")
+        check(self.keep >= 1, "--keep", self.keep, "give at least 1")
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
         check(
             self.device in ("auto", "cpu")
@@ -166,7 +185,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         found = routing_tables(source, reader, blocks, config)
         found |= model_tables(source, reader, blocks, config, device)
         if config.test == "modules":
-            found |= modules_of(source, blocks, config)
+            found |= modules_of(source, reader, blocks, config, folder)
         about.append(describe(source, reader, blocks, config.batch_size, found))
         texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
         for key, table in found.items():
@@ -265,7 +284,13 @@ def model_tables(
     return tables
 
 
-def modules_of(source: Source, blocks: dict[str, Tensor], config: AnalyzeConfig) -> Tables:
+def modules_of(
+    source: Source,
+    reader: RouterReader,
+    blocks: dict[str, Tensor],
+    config: AnalyzeConfig,
+    folder: Path,
+) -> Tables:
     """Modules named on the first half of every domain's blocks, and tested on the second."""
     first, second = (take(half, config.knockout_tokens) for half in halves(blocks))
     corpora = {"second half": second}
@@ -273,9 +298,34 @@ def modules_of(source: Source, blocks: dict[str, Tensor], config: AnalyzeConfig)
         other, _ = text_blocks(source, config.second_data, config.block_size, config.cache_dir)
         corpora[config.second_data] = take(other, config.knockout_tokens)
     naming = name_on(source.model, first, batch_size=config.batch_size)
-    return module_tables(
+    found = module_tables(
         source.model, naming, corpora, batch_size=config.batch_size, seed=config.seed
     )
+    top_k = int(getattr(source.model.config, "num_experts_per_tok", 1))
+    found["retention"] = retention_table(
+        source.model, naming, second, top_k, batch_size=config.batch_size, seed=config.seed
+    )
+    for domain in config.keep_experts:
+        write_kept(source, reader, naming, domain, config.keep, folder / f"kept-{domain}")
+    return found
+
+
+def write_kept(
+    source: Source, reader: RouterReader, naming: Naming, domain: str, keep: int, folder: Path
+) -> None:
+    """A model folder with the experts of each layer that the domain loses most without."""
+    if not isinstance(source.model, MixtureModel):
+        raise ValueError(
+            f"--keep-experts {domain}: {source.name} is a {type(source.model).__name__}; only "
+            "mixtures of this package can be cut"
+        )
+    best = best_experts(naming, domain, keep)
+    try:
+        kept = keep_experts(source.model, dict(zip(reader.layers, best, strict=True)))
+    except ValueError as error:
+        raise ValueError(f"--keep {keep}: {error}") from error
+    save_model_folder(folder, kept, source.tokenizer)
+    logger.info("experts of %s are in %s", domain, folder)
 
 
 def describe(

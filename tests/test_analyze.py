@@ -10,13 +10,24 @@ import pytest
 from routing_models import tiny_mixture
 
 from moe_emergence.analysis.figures import FIGURES, write_figures
+from moe_emergence.analysis.knockout import domain_losses
+from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.sources import load_model
 from moe_emergence.analysis.tidy import write_tables
-from moe_emergence.analyze import AnalyzeConfig, analyze, main, output_folder, source_names
-from moe_emergence.config import DOMAINS
+from moe_emergence.analyze import (
+    AnalyzeConfig,
+    analyze,
+    main,
+    output_folder,
+    source_names,
+    take,
+)
+from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.data import prepare_data
 from moe_emergence.errors import RunError
 from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.settings import from_dict
 from moe_emergence.training.experiment import run_experiment
 
 pytestmark = pytest.mark.slow
@@ -70,7 +81,7 @@ def test_every_table_is_there_in_both_forms(analysed: Path) -> None:
     assert names == {path.stem for path in (analysed / "tables").glob("*.csv")}
     expected = {figure.table for figure in FIGURES.values()} | {"vocabulary", "trajectory"}
     # one layer, one expert per token; no test was asked for
-    assert names == expected - {"coactivation", "module_damage"}
+    assert names == expected - {"coactivation", "module_damage", "retention"}
     for path in (analysed / "tables").glob("*.parquet"):
         table = pd.read_parquet(path)
         assert table.columns[0] == "run"
@@ -121,11 +132,31 @@ def test_a_hugging_face_mixture_in_a_folder(
     assert (tmp_path / "out/figures/modules.png").is_file()
     page = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert page.count("no module. Without experts 0: ") == 6
+    assert page.count("with its best experts of each layer alone: 2 cost it ") == 3
     load = pd.read_parquet(tmp_path / "out/tables/expert_load.parquet")
     assert set(load["layer"]) == {0, 1}
     assert set(load["slot"]) == {-1, 0, 1}
     assert set(pd.read_parquet(tmp_path / "out/tables/knockout.parquet")["how"]) == {"zeroed"}
     assert (tmp_path / "out/tables/coactivation.parquet").is_file()
+
+
+def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:
+    flags = ["--test", "modules", "--keep-experts", "code", "math", "--keep", "2", "--out"]
+    flags += [str(tmp_path), *FEW, "--knockout-tokens", "400", "--cache-dir", str(cache_folder)]
+    assert main([str(run.root), *flags]) == 0
+    table = pd.read_parquet(tmp_path / "tables/retention.parquet")
+    loss = table.set_index(["best_for", "kept", "on"])["lm_loss"]
+    config = from_dict(RunConfig, read_json(run.config))
+    blocks = prepare_data(config.data, config.seed).eval_blocks
+    _, second = halves(blocks)
+    for domain in ("code", "math"):
+        model, _ = load_model(str(tmp_path / f"kept-{domain}"), "cpu")
+        assert model.config.num_experts == 2
+        losses = domain_losses(model, take(second, 400), 8)
+        for on in DOMAINS:
+            assert losses[on][0] == pytest.approx(loss[domain, 2, on], rel=1e-5)
+    with pytest.raises(ValueError, match=r"--keep-experts .* give --test modules too"):
+        main([str(run.root), *FEW, "--keep-experts", "code"])
 
 
 def test_several_runs_are_compared(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ class Naming:
     """What is known of a model's experts from the text on which modules are named."""
 
     domains: tuple[str, ...]
+    increase: dict[str, Floats]
+    """Per domain (layers, E): what it loses without the expert. Nats per token."""
     selectivity: dict[str, Floats]
     """Per domain (layers, E): what the domain loses without the expert, less the mean of what the
     others lose. Nats per token."""
@@ -44,7 +46,7 @@ def name_modules(knockout: pd.DataFrame, expert_domain: pd.DataFrame) -> Naming:
     selectivity = dict(zip(domains, together - others, strict=True))
     of_all = expert_domain[expert_domain["slot"] == -1]
     load = of_all.groupby(["layer", "expert"])["fraction"].mean().unstack().to_numpy()
-    return Naming(domains, selectivity, load)
+    return Naming(domains, cubes, selectivity, load)
 
 
 def most_selective(scores: Floats, size: int) -> ExpertSet:

@@ -150,6 +150,15 @@ def plot_modules(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
 
 
+def plot_retention(table: pd.DataFrame) -> Figure:
+    """Loss with few experts."""
+    return heatmaps(
+        table, rows="best_for", columns="on", value="increase", panels=("run", "kept"), signed=True,
+        scale=1000, label="increase of lm_loss on the domain (thousandths of a nat per token)",
+        title="What is lost with the best experts of one domain alone, by how many are kept",
+    )  # fmt: skip
+
+
 def plot_similarity(table: pd.DataFrame) -> Figure:
     """Cosines between experts."""
     return heatmaps(

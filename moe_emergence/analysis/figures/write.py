@@ -82,6 +82,10 @@ FIGURES: dict[str, FigureOf] = {
         "module_damage", subjects.plot_modules,
         "What every domain loses without the experts that were named as a domain's module.",
     ),
+    "retention": FigureOf(
+        "retention", subjects.plot_retention,
+        "What every domain loses when only a domain's best experts are kept, or random ones.",
+    ),
     "similarity": FigureOf(
         "similarity", subjects.plot_similarity,
         "Cosine between experts: of their weights, of what training added, of their outputs.",

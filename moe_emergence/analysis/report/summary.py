@@ -42,7 +42,7 @@ class RunFinding:
     layers: tuple[LayerFinding, ...]
     collapse: str
     modules: tuple[str, ...]
-    """What the module test says, a sentence for each text and domain."""
+    """What the module test says, a sentence for each text and domain, and what few experts keep."""
 
 
 def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) -> list[RunFinding]:
@@ -53,7 +53,10 @@ def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) ->
             run,
             tuple(_layers(_of(tables, "information", run), _of(tables, "routing", run))),
             _collapse(_of(tables, "collapse", run)),
-            tuple(map(_module, _of(tables, "modules", run).to_dict("records"))),
+            (
+                *map(_module, _of(tables, "modules", run).to_dict("records")),
+                *_retention(_of(tables, "retention", run)),
+            ),
         )
         for run in runs
     ]
@@ -96,3 +99,18 @@ def _module(row: Mapping[str, Any]) -> str:
         f"{int(row['sets'])} random sets {row['random_mean']:.3f}, 95% below "
         f"{row['random_95']:.3f}), the other domains {row['off_target']:.3f}"
     )
+
+
+def _retention(table: pd.DataFrame) -> list[str]:
+    if table.empty:
+        return []
+    found = []
+    cells = table.set_index(["best_for", "kept", "on"])["increase"]
+    for domain in dict.fromkeys(table["on"]):
+        parts = [
+            f"{kept} cost it {cells[domain, kept, domain]:+.3f} "
+            f"(random ones {cells['random', kept, domain]:+.3f})"
+            for kept in dict.fromkeys(table["kept"])
+        ]
+        found.append(f"{domain}, with its best experts of each layer alone: {', '.join(parts)}")
+    return found

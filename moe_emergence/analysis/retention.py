@@ -1,0 +1,99 @@
+"""What is left of a model that keeps only a domain's best experts.
+
+Letters: E experts, R blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor, nn
+
+from moe_emergence.analysis.ablation import block_losses, without_experts
+from moe_emergence.analysis.module_sets import ExpertSet, Naming, most_selective
+from moe_emergence.analysis.routers import RouterInfo, find_routers
+from moe_emergence.progress import progress_bar
+
+RANDOM = 5
+
+
+def best_experts(naming: Naming, domain: str, count: int) -> ExpertSet:
+    """In every layer the `count` experts that the domain loses most without."""
+    return most_selective(naming.increase[domain], count)
+
+
+def retention_table(
+    model: nn.Module,
+    naming: Naming,
+    blocks: Mapping[str, Tensor],
+    top_k: int,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Loss per domain with half, a quarter and so on of each layer's experts, down to `top_k`.
+
+    best_for (a domain; "random" for the mean of five random choices), kept, on, lm_loss, increase
+    over the whole model. Nats per token. Tokens go to the best of the experts that are left; where
+    the router cannot do that (`analysis.ablation.how_removed`), what is gone adds nothing.
+
+    Args:
+        model: any mixture language model whose routers can be read; its mode is restored.
+        naming: from another text.
+        blocks: token ids (R, L) of each domain.
+        top_k: K.
+        batch_size: blocks in one forward pass.
+        seed: of the random choices.
+    """
+    routers = find_routers(model)
+    experts = naming.load.shape[1]
+    counts = [n for n in (experts // 2**i for i in range(1, experts.bit_length())) if n >= top_k]
+    rng = np.random.default_rng(seed)
+    chosen = [
+        (name, count, sets)
+        for count in counts
+        for name, sets in (
+            *((d, [best_experts(naming, d, count)]) for d in naming.domains),
+            (
+                "random",
+                [most_selective(rng.random(naming.load.shape), count) for _ in range(RANDOM)],
+            ),
+        )
+    ]
+    was_training = model.training
+    model.eval()
+    rows: list[dict[str, Any]] = []
+    try:
+        with progress_bar("keeping experts", sum(len(sets) for *_, sets in chosen) + 1) as advance:
+            whole = {
+                d: float(of.mean()) for d, of in block_losses(model, blocks, batch_size).items()
+            }
+            advance(1)
+            for name, count, sets in chosen:
+                losses: dict[str, list[float]] = {domain: [] for domain in whole}
+                for one in sets:
+                    with without_experts(_others(routers, one, experts)):
+                        for domain, of in block_losses(model, blocks, batch_size).items():
+                            losses[domain].append(float(of.mean()))
+                    advance(1)
+                rows += [
+                    {
+                        "best_for": name, "kept": count, "on": domain,
+                        "lm_loss": float(np.mean(found)),
+                        "increase": float(np.mean(found)) - whole[domain],
+                    }
+                    for domain, found in losses.items()
+                ]  # fmt: skip
+    finally:
+        model.train(was_training)
+    return pd.DataFrame(rows)
+
+
+def _others(
+    routers: Sequence[RouterInfo], kept: ExpertSet, experts: int
+) -> dict[RouterInfo, list[int]]:
+    return {
+        router: [e for e in range(experts) if e not in own]
+        for router, own in zip(routers, kept, strict=True)
+    }
