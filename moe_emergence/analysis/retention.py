@@ -49,16 +49,13 @@ def retention_table(
     routers = find_routers(model)
     experts = naming.load.shape[1]
     counts = [n for n in (experts // 2**i for i in range(1, experts.bit_length())) if n >= top_k]
-    rng = np.random.default_rng(seed)
+    drawn = np.random.default_rng(seed).random((RANDOM, *naming.load.shape))
     chosen = [
         (name, count, sets)
         for count in counts
         for name, sets in (
             *((d, [best_experts(naming, d, count)]) for d in naming.domains),
-            (
-                "random",
-                [most_selective(rng.random(naming.load.shape), count) for _ in range(RANDOM)],
-            ),
+            ("random", [most_selective(scores, count) for scores in drawn]),
         )
     ]
     was_training = model.training
@@ -66,9 +63,8 @@ def retention_table(
     rows: list[dict[str, Any]] = []
     try:
         with progress_bar("keeping experts", sum(len(sets) for *_, sets in chosen) + 1) as advance:
-            whole = {
-                d: float(of.mean()) for d, of in block_losses(model, blocks, batch_size).items()
-            }
+            each = block_losses(model, blocks, batch_size)
+            whole = {domain: float(of.mean()) for domain, of in each.items()}
             advance(1)
             for name, count, sets in chosen:
                 losses: dict[str, list[float]] = {domain: [] for domain in whole}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_emergence.errors import RunError
 from moe_emergence.run_folder import RunFolder, disk_error, read_json, write_json
@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 def save_model_folder(
-    target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Write a Hugging Face folder (model and tokenizer) beside `target`, then swap it in."""
     with _NewFolder(target) as folder:
@@ -57,7 +57,7 @@ def save_checkpoint(
     run: RunFolder,
     step: int,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     trainer_state: dict[str, Any],
     progress: dict[str, Any],
     config: dict[str, Any],
@@ -169,7 +169,7 @@ def recover_folders(run: RunFolder) -> None:
             shutil.rmtree(path)
 
 
-def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     # one shard whatever the size, so that the weights have one name
     model.save_pretrained(folder, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
