@@ -86,14 +86,14 @@ def test_a_stage_that_fails_or_dies_keeps_its_rows_and_the_next_one_runs(tmp_pat
 
 
 def test_a_stage_is_stopped_when_its_time_is_over(tmp_path: Path) -> None:
-    complete, found = run(tmp_path, Stage("a", endless, 1), Stage("b", good, 1))
+    complete, found = run(tmp_path, Stage("a", endless, 1), Stage("b", good, 20))
     assert not complete
     assert (found["a"]["state"], found["a"]["rows"]) == ("out of time", [{"row": 1}])
     assert found["b"]["state"] == "complete"
 
 
 def test_what_cannot_finish_is_not_begun(tmp_path: Path) -> None:
-    complete, found = run(tmp_path, Stage("a", good, 1000), Stage("b", good, 1), seconds=30)
+    complete, found = run(tmp_path, Stage("a", good, 1000), Stage("b", good, 20))
     assert not complete
     assert (found["a"]["state"], found["b"]["state"]) == ("no time left", "complete")
 
