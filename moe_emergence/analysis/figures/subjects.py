@@ -152,6 +152,7 @@ def plot_modules(table: pd.DataFrame) -> Figure:
 
 def plot_retention(table: pd.DataFrame) -> Figure:
     """Loss with few experts."""
+    table = table.assign(kept=table["kept"].astype(str) + " kept")
     return heatmaps(
         table, rows="best_for", columns="on", value="increase", panels=("run", "kept"), signed=True,
         scale=1000, label="increase of lm_loss on the domain (thousandths of a nat per token)",
