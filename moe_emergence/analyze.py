@@ -4,15 +4,13 @@ import logging
 import platform
 import shlex
 import sys
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
 import transformers
-import tyro
 from torch import Tensor
 
 from moe_emergence.analysis.checkpoints import over_checkpoints
@@ -33,6 +31,7 @@ from moe_emergence.analysis.routing_tables import (
     expert_token_type,
     routing_summary,
 )
+from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.analysis.similarity import compare_experts, sample_ids
 from moe_emergence.analysis.sources import Source, load_model, open_source, text_blocks
 from moe_emergence.analysis.streaming import count_routing, is_byte_level
@@ -45,102 +44,11 @@ from moe_emergence.data.samples import poor_share, samples, unlike
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
-from moe_emergence.settings import check
 from moe_emergence.training.checkpoint import save_model_folder
 
 PROG = "python -m moe_emergence.analyze"
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnalyzeConfig:
-    """Routing of runs or models as tables, figures and report.html."""
-
-    sources: tyro.conf.Positional[tuple[str, ...]]
-    """Run folders, model folders or ids of models on the hub; several are compared."""
-    data: str | None = None
-    """Text: "embedded", "hub" or a folder; without it a run's own evaluation blocks, else the
-    embedded text."""
-    out: str | None = None
-    """Folder for the analysis; without it SOURCE/analysis, or runs/analysis for several."""
-    gallery: str | None = None
-    """Markdown file to show the figures in."""
-    device: str = "auto"
-    """Where to run: auto (cuda where there is one), cpu or cuda."""
-    max_tokens: int = 200_000
-    """Tokens to route at most, shared by the domains; 0 for all."""
-    block_size: int | None = None
-    """Tokens per block; without it the run's, else what the model sees, at most 512."""
-    batch_size: int = 8
-    """Blocks in one forward pass."""
-    permutations: int = 199
-    """Permutations of each test."""
-    knockout_tokens: int = 6_000
-    """Tokens on which every expert is knocked out, one after the other; 0 leaves it out."""
-    test: Literal["none", "modules"] = "none"
-    """Test by ablation: modules names every domain's experts on the first half of the text, and
-    takes them and random sets away on the second (some 150 passes over --knockout-tokens)."""
-    keep_experts: tuple[str, ...] = ()
-    """With --test modules: for each domain named, write a model folder kept-DOMAIN that has only
-    the experts of --keep that the domain loses most without."""
-    keep: int = 2
-    """Experts per layer that --keep-experts keeps."""
-    second_data: str | None = None
-    """Another text to take the modules away on, named as for --data."""
-    cache_dir: str = ".cache"
-    """Folder for everything that is downloaded or trained once and reused."""
-    seed: int = 0
-    """Seed of permutations, bootstrap and null routers."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        check(bool(self.sources), "SOURCE", "of nothing", "name a run or model folder")
-        check(self.max_tokens >= 0, "--max-tokens", self.max_tokens, "give 0 (all) or more")
-        check(
-            self.block_size is None or self.block_size >= 2,
-            "--block-size",
-            self.block_size,
-            "give at least 2 tokens",
-        )
-        check(self.batch_size >= 1, "--batch-size", self.batch_size, "give at least 1")
-        check(self.permutations >= 19, "--permutations", self.permutations, "give at least 19")
-        check(
-            self.knockout_tokens >= 0,
-            "--knockout-tokens",
-            self.knockout_tokens,
-            "give 0 (none) or more",
-        )
-        check(
-            self.test == "none" or self.knockout_tokens > 0,
-            "--knockout-tokens",
-            self.knockout_tokens,
-            "the module test takes experts away on so many tokens; give more",
-        )
-        check(
-            self.second_data is None or self.test == "modules",
-            "--second-data",
-            self.second_data,
-            "only --test modules reads a second text; give that, or leave it out",
-        )
-        check(
-            not self.keep_experts or self.test == "modules",
-            "--keep-experts",
-            list(self.keep_experts),
-            "the module test names the experts; give --test modules too, or leave it out",
-        )
-        unknown = [domain for domain in self.keep_experts if domain not in DOMAINS]
-        check(not unknown, "--keep-experts", unknown, f"choose from {', '.join(DOMAINS)}")
-        check(self.keep >= 1, "--keep", self.keep, "give at least 1")
-        check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
-        check(
-            self.device in ("auto", "cpu")
-            or (self.device.startswith("cuda") and torch.cuda.is_available()),
-            "--device",
-            self.device,
-            "give auto, cpu, or cuda where there is one",
-        )
 
 
 Tables = dict[str, pd.DataFrame]

@@ -6,9 +6,9 @@ converted once, to fp32, and kept as a folder that transformers reads.
 
 import importlib.util
 import logging
-import shutil
-import uuid
 from pathlib import Path
+
+from moe_emergence.made_once import made_once
 
 SMOLLM2 = "smollm2"
 END_OF_TEXT = "<|endoftext|>"
@@ -20,27 +20,11 @@ logger = logging.getLogger(__name__)
 def smollm2_folder(cache_dir: str, flag: str = "--base") -> Path:
     """A folder with model and tokenizer, converted into `cache_dir` if it is not there yet.
 
-    Processes may race: the folder appears whole, and the first one to make it wins.
-
     Raises:
         ValueError: naming `flag`, when the package, or gguf which reads it, is not installed.
     """
     folder = Path(cache_dir, "models", "smollm2-135m-instruct")
-    if folder.is_dir():
-        return folder
-    source = _packaged_file(flag)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
-    try:
-        _convert(source, unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    return made_once(folder, lambda unfinished: _convert(_packaged_file(flag), unfinished))
 
 
 def _packaged_file(flag: str) -> Path:

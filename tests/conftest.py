@@ -230,11 +230,18 @@ def alone() -> dict[str, str]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_accelerator_state() -> None:
+def _fresh_accelerator_state() -> Iterator[None]:
     """Accelerate keeps device and precision in a process-wide object; each test starts without.
 
-    It is looked up, not imported: kernel and layer tests run on machines that lack it.
+    None is left either, since the next file's own fixtures come before this one.
     """
+    _forget_accelerator_state()
+    yield
+    _forget_accelerator_state()
+
+
+def _forget_accelerator_state() -> None:
+    # looked up, not imported: kernel and layer tests run on machines that lack it
     if "accelerate.state" in sys.modules:
         state = sys.modules["accelerate.state"]
         state.AcceleratorState._reset_state(reset_partial_state=True)

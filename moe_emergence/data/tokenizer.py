@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_emergence.config import DataConfig
 from moe_emergence.hub_access import check_model_reachable, reason
+from moe_emergence.made_once import made_once
 from moe_emergence.progress import progress_bar
 from moe_emergence.smollm2 import SMOLLM2, smollm2_folder
 
@@ -98,8 +96,7 @@ def trained_tokenizer(
 ) -> "PreTrainedTokenizerFast":
     """Byte-level BPE of at most `vocab_size` entries, `<|endoftext|>` included, trained on `texts`.
 
-    The same texts and size give the same tokenizer, which is kept under `cache_dir`. Processes may
-    race: the folder appears whole, and the first one to make it wins.
+    The same texts and size give the same tokenizer, which is kept under `cache_dir`.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -109,17 +106,7 @@ def trained_tokenizer(
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
     folder = Path(cache_dir, "tokenizers", digest.hexdigest())
-    if not folder.is_dir():
-        unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-        unfinished.mkdir(parents=True)
-        try:
-            train_bpe(texts, vocab_size).save_pretrained(unfinished)
-            os.rename(unfinished, folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    made_once(folder, lambda new: train_bpe(texts, vocab_size).save_pretrained(new))
     try:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:

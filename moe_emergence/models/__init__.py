@@ -7,13 +7,13 @@ with `AutoConfig` and `AutoModelForCausalLM`, and as models for causal language 
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from moe_emergence.models.block import MoECausalLMOutput
 from moe_emergence.models.clusters import start_routers_at_clusters, start_routers_at_domains
 from moe_emergence.models.configuration import MoEGPT2Config
 from moe_emergence.models.families import FAMILIES
 from moe_emergence.models.llama import MixtureForCausalLM
 from moe_emergence.models.mixture import MixtureModel
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel, MoEGPT2Model
+from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.models.upcycling import upcycle
 
 for _family in FAMILIES.values():

@@ -1,41 +1,18 @@
-"""What a layer of the model is, and what the model returns.
+"""What a layer of GPT-2 with mixtures is.
 
 Letters: B sequences, L tokens each, H model width.
 """
 
 import dataclasses
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from moe_emergence.models.configuration import MoEGPT2Config
 from moe_emergence.models.mixture import mixture_layer
 from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise
-
-
-@dataclass
-class MoEModelOutput(BaseModelOutputWithPast):
-    """Hidden states (B, L, H), the cache, and one `RouterDecision` per mixture layer."""
-
-    router_decisions: tuple[RouterDecision, ...] | None = None
-
-
-@dataclass
-class MoECausalLMOutput(CausalLMOutputWithPast):
-    """Logits, the cache and losses.
-
-    With labels, `loss` is `lm_loss + lb_coef * lb_loss + z_coef * z_loss`; compare models on
-    `lm_loss`. `router_decisions` holds one decision per mixture layer, over the B*L tokens.
-    """
-
-    lm_loss: Tensor | None = None
-    lb_loss: Tensor | None = None
-    z_loss: Tensor | None = None
-    router_decisions: tuple[RouterDecision, ...] | None = None
 
 
 class MoEGPT2Block(GradientCheckpointingLayer):

@@ -28,14 +28,14 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from moe_emergence.models.block import MoECausalLMOutput
 from moe_emergence.models.configuration import (
     MoELlamaConfig,
     MoEMistralConfig,
     MoEQwen2Config,
     MoEQwen3Config,
 )
-from moe_emergence.models.mixture import MixtureModel, mixture_layer, mixture_losses
+from moe_emergence.models.mixture import MixtureHead, MixtureModel, mixture_layer
+from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.moe import MoELayer, RouterNoise
 
 if TYPE_CHECKING:
@@ -108,11 +108,10 @@ class MixtureDecoder(MixtureModel, _OfFamily):
         return outputs
 
 
-class MixtureForCausalLM(MixtureModel, _OfFamily):
+class MixtureForCausalLM(MixtureHead, MixtureModel, _OfFamily):
     """Before a family's language model."""
 
     decoder_class: type[MixtureDecoder]
-    accepts_loss_kwargs = True
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -134,31 +133,19 @@ class MixtureForCausalLM(MixtureModel, _OfFamily):
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> MoECausalLMOutput:
-        """Logits (B, L, V), decisions, and with `labels` (B, L) the losses; see
-        `MoEGPT2LMHeadModel`.
-        """
-        outputs = self.model(
-            input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
+        """As `MoEGPT2LMHeadModel.forward`, with the family's order of arguments."""
+        return self._run(
+            labels,
+            logits_to_keep,
+            num_items_in_batch,
+            attention_mask,
+            input_ids=input_ids,
             cache=cache,
+            position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             router_noise=router_noise,
             **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        losses = mixture_losses(
-            self, logits, labels, outputs.router_decisions, attention_mask, num_items_in_batch
-        )
-        return MoECausalLMOutput(
-            **losses,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_decisions=outputs.router_decisions,
         )
 
 

@@ -11,6 +11,7 @@ from transformers import initialization as init
 from transformers.utils.logging import get_logger
 
 from moe_emergence.models.configuration import MixtureConfig
+from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.moe import MoELayer, RouterDecision, auxiliary_losses
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
@@ -115,7 +116,38 @@ class MixtureModel(_OfFamily):
                 layer.dispatcher = get_dispatcher(name, table)
 
 
-def mixture_losses(
+class MixtureHead(_OfFamily):
+    """Before a family's language model: logits, decisions and losses, as its `forward` asks for."""
+
+    # `num_items_in_batch`, which the stock Trainer gives
+    accepts_loss_kwargs = True
+
+    def _run(
+        self,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        num_items_in_batch: int | Tensor | None,
+        attention_mask: Tensor | None,
+        **inputs: Any,
+    ) -> MoECausalLMOutput:
+        """See `MoEGPT2LMHeadModel.forward`; `inputs` are those of the model without the head."""
+        outputs = self.base_model(attention_mask=attention_mask, **inputs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        losses = _losses(
+            self, logits, labels, outputs.router_decisions, attention_mask, num_items_in_batch
+        )
+        return MoECausalLMOutput(
+            **losses,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_decisions=outputs.router_decisions,
+        )
+
+
+def _losses(
     model: "PreTrainedModel",
     logits: Tensor,
     labels: Tensor | None,
@@ -123,7 +155,7 @@ def mixture_losses(
     attention_mask: Tensor | None,
     num_items_in_batch: int | Tensor | None,
 ) -> dict[str, Tensor | None]:
-    """`loss`, `lm_loss`, `lb_loss` and `z_loss` of (B, L, V) logits; see `MoEGPT2LMHeadModel`."""
+    """`loss`, `lm_loss`, `lb_loss` and `z_loss` of (B, L, V) logits."""
     lm_loss, lb_loss, z_loss = None, None, None
     if labels is None:
         if num_items_in_batch is not None and decisions:

@@ -16,9 +16,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from moe_emergence.models.block import MoECausalLMOutput, MoEGPT2Block, MoEModelOutput
+from moe_emergence.models.block import MoEGPT2Block
 from moe_emergence.models.configuration import MoEGPT2Config
-from moe_emergence.models.mixture import MixtureModel, mixture_losses
+from moe_emergence.models.mixture import MixtureHead, MixtureModel
+from moe_emergence.models.outputs import MoECausalLMOutput, MoEModelOutput
 from moe_emergence.moe import RouterNoise
 
 
@@ -115,12 +116,10 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
         )
 
 
-class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
+class MoEGPT2LMHeadModel(MixtureHead, MoEGPT2PreTrainedModel, GenerationMixin):
     """GPT-2 with mixture-of-experts layers and a language-model head tied to the embedding."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
-    # `num_items_in_batch`, which the stock Trainer gives
-    accepts_loss_kwargs = True
 
     def __init__(self, config: MoEGPT2Config) -> None:
         super().__init__(config)
@@ -154,27 +153,16 @@ class MoEGPT2LMHeadModel(MoEGPT2PreTrainedModel, GenerationMixin):
         add up to the means over the whole batch. `kwargs` go to `MoEGPT2Model.forward`, which
         refuses those it does not know.
         """
-        outputs = self.transformer(
-            input_ids,
+        return self._run(
+            labels,
+            logits_to_keep,
+            num_items_in_batch,
+            attention_mask,
+            input_ids=input_ids,
             cache=cache,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             router_noise=router_noise,
             **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, kept])
-        losses = mixture_losses(
-            self, logits, labels, outputs.router_decisions, attention_mask, num_items_in_batch
-        )
-        return MoECausalLMOutput(
-            **losses,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_decisions=outputs.router_decisions,
         )
