@@ -24,7 +24,10 @@ def smollm2_folder(cache_dir: str, flag: str = "--base") -> Path:
         ValueError: naming `flag`, when the package, or gguf which reads it, is not installed.
     """
     folder = Path(cache_dir, "models", "smollm2-135m-instruct")
-    return made_once(folder, lambda unfinished: _convert(_packaged_file(flag), unfinished))
+    if folder.is_dir():
+        return folder
+    source = _packaged_file(flag)
+    return made_once(folder, lambda unfinished: _convert(source, unfinished))
 
 
 def _packaged_file(flag: str) -> Path:
