@@ -32,6 +32,9 @@ class ModelConfig:
     the batch is split over processes)."""
     moe_layers: tuple[int, ...] = (8, 9, 10, 11)
     """Layers whose MLP becomes a mixture of experts; none trains the dense model."""
+    frozen_layers: int = 0
+    """Lowest layers, and the embeddings, that are not trained (a base made from scratch is trained
+    whole first); what they compute for a text is computed once and kept in --cache-dir."""
     num_experts: int = 8
     """Experts per converted layer."""
     top_k: int = 1
@@ -97,6 +100,19 @@ class ModelConfig:
             self.router_init,
             "a hash router has no weights; give random or another --router",
         )
+        check(self.frozen_layers >= 0, "--frozen-layers", self.frozen_layers, "give 0 or more")
+        check(
+            self.frozen_layers == 0 or self.dropout == 0,
+            "--frozen-layers",
+            self.frozen_layers,
+            f"what is kept of them would have --dropout {self.dropout:g}; give 0 for one of both",
+        )
+        check(
+            not self.moe_layers or self.frozen_layers <= self.moe_layers[0],
+            "--frozen-layers",
+            self.frozen_layers,
+            f"--moe-layers {' '.join(map(str, self.moe_layers))} must not be among them",
+        )
         check(
             len(set(self.moe_layers)) == len(self.moe_layers),
             "--moe-layers",
@@ -104,17 +120,24 @@ class ModelConfig:
             "name each layer once",
         )
         if self.base == "scratch":
-            check_layers_exist(self.moe_layers, self.n_layer)
+            check_layers_exist(self, self.n_layer)
 
 
-def check_layers_exist(moe_layers: tuple[int, ...], num_layers: int) -> None:
+def check_layers_exist(model: ModelConfig, num_layers: int) -> None:
     """Refuse layers that a model of `num_layers` layers does not have."""
+    moe_layers = model.moe_layers
     outside = [layer for layer in moe_layers if not 0 <= layer < num_layers]
     check(
         not outside,
         "--moe-layers",
         list(moe_layers),
         f"the model has layers 0 to {num_layers - 1}, not {outside}",
+    )
+    check(
+        model.frozen_layers < num_layers,
+        "--frozen-layers",
+        model.frozen_layers,
+        f"the model has {num_layers} layers; leave one to train",
     )
 
 

@@ -4,7 +4,7 @@ Letters: T tokens, E experts, K experts per token, R blocks of text, L tokens of
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emergence_kernels import route
-from moe_emergence.analysis.routers import RouterInfo
+from moe_emergence.analysis.routers import RouterInfo, find_routers
 from moe_emergence.config import DOMAINS
+from moe_emergence.models import MixtureModel
+from moe_emergence.models.lower_layers import lower_states, lower_states_given
 from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.routing import TopKRouter
 
 How = Literal["rerouted", "zeroed"]
 Floats = npt.NDArray[np.float64]
+_KEPT_BYTES = 2**30
 
 
 @torch.no_grad()
@@ -30,20 +33,78 @@ def block_losses(
 ) -> dict[str, Floats]:
     """(R,) mean next-token loss in nats of every block, for the domains that have any."""
     device = next(model.parameters()).device
-    found: dict[str, Floats] = {}
-    for domain in DOMAINS:
-        losses: list[Tensor] = []
-        for part in blocks.get(domain, torch.zeros(0, 1)).split(batch_size):
-            ids = part.long().to(device)
-            if not len(ids):
-                continue
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            flat = logits.reshape(-1, logits.shape[-1]).float()
-            each = functional.cross_entropy(flat, ids[:, 1:].reshape(-1), reduction="none")
-            losses.append(each.view(len(ids), -1).double().mean(dim=1).cpu())
-        if losses:
-            found[domain] = torch.cat(losses).numpy()
+    return {
+        domain: np.concatenate([
+            _row_losses(model, part.long().to(device)) for part in rows.split(batch_size)
+        ])
+        for domain, rows in _of_domains(blocks).items()
+    }  # fmt: skip
+
+
+class Ablation:
+    """A model's loss block by block (see `block_losses`), whole and without some of its experts.
+
+    What lies below this library's first mixture layer is the same for all, so it runs once; its
+    hidden states are kept, up to a GiB of them.
+
+    Args:
+        model: any mixture language model whose routers can be read; its mode is restored.
+        blocks: token ids (R, L) of each domain.
+        batch_size: blocks in one forward pass.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int = 8) -> None:
+        self.model, self.routers = model, find_routers(model)
+        device, room = next(model.parameters()).device, _KEPT_BYTES
+        self._parts: list[tuple[str, Tensor, Tensor | None]] = []
+        for domain, rows in _of_domains(blocks).items():
+            for part in rows.split(batch_size):
+                ids, states = part.long().to(device), None
+                if isinstance(model, MixtureModel) and self.routers[0].layer and room > 0:
+                    with _evaluating(model):
+                        states = lower_states(model, self.routers[0].layer, ids).cpu()
+                    room -= states.nbytes
+                self._parts.append((domain, ids, states))
+        self.whole = self.without({})
+        """Per domain (R,) losses of the model as it is."""
+
+    @torch.no_grad()
+    def without(self, removed: Mapping[RouterInfo, Collection[int]]) -> dict[str, Floats]:
+        """Per domain (R,) losses without the experts that are named for each router."""
+        losses: dict[str, list[Floats]] = {}
+        with _evaluating(self.model), without_experts(removed):
+            for domain, ids, states in self._parts:
+                with self._above(None if states is None else states.to(ids.device)):
+                    losses.setdefault(domain, []).append(_row_losses(self.model, ids))
+        return {domain: np.concatenate(found) for domain, found in losses.items()}
+
+    def _above(self, states: Tensor | None) -> AbstractContextManager[None]:
+        if states is None:
+            return nullcontext()
+        assert isinstance(self.model, MixtureModel)
+        return lower_states_given(self.model, self.routers[0].layer, states)
+
+
+def _of_domains(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {domain: blocks[domain] for domain in DOMAINS if len(blocks.get(domain, ()))}
+
+
+def _row_losses(model: nn.Module, ids_RL: Tensor) -> Floats:
+    logits = model(input_ids=ids_RL, use_cache=False).logits[:, :-1]
+    flat = logits.reshape(-1, logits.shape[-1]).float()
+    each = functional.cross_entropy(flat, ids_RL[:, 1:].reshape(-1), reduction="none")
+    found: Floats = each.view(len(ids_RL), -1).double().mean(dim=1).cpu().numpy()
     return found
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def how_removed(router: RouterInfo, experts: int = 1) -> How:

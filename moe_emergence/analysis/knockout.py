@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from torch import Tensor, nn
 
-from moe_emergence.analysis.ablation import block_losses, how_removed, without_experts
+from moe_emergence.analysis.ablation import Ablation, Floats, block_losses, how_removed
 from moe_emergence.analysis.routers import find_routers
 from moe_emergence.progress import progress_bar
 
@@ -32,29 +32,23 @@ def knockout_table(
         batch_size: blocks in one forward pass.
     """
     routers = find_routers(model)
-    was_training = model.training
-    model.eval()
     rows: list[dict[str, Any]] = []
-    passes = 1 + len(routers) * num_experts
-    try:
-        with progress_bar("knocking out experts", passes) as advance:
-            whole = domain_losses(model, blocks, batch_size)
-            advance(1)
-            for router in routers:
-                for expert in range(num_experts):
-                    with without_experts({router: [expert]}):
-                        losses = domain_losses(model, blocks, batch_size)
-                    rows += [
-                        {
-                            "layer": router.layer, "expert": expert, "domain": domain,
-                            "lm_loss": loss, "increase": loss - whole[domain][0],
-                            "tokens": tokens, "how": how_removed(router),
-                        }
-                        for domain, (loss, tokens) in losses.items()
-                    ]  # fmt: skip
-                    advance(1)
-    finally:
-        model.train(was_training)
+    with progress_bar("knocking out experts", 1 + len(routers) * num_experts) as advance:
+        ablation = Ablation(model, blocks, batch_size)
+        whole = _of_domains(ablation.whole, blocks)
+        advance(1)
+        for router in routers:
+            for expert in range(num_experts):
+                losses = _of_domains(ablation.without({router: [expert]}), blocks)
+                rows += [
+                    {
+                        "layer": router.layer, "expert": expert, "domain": domain,
+                        "lm_loss": loss, "increase": loss - whole[domain][0],
+                        "tokens": tokens, "how": how_removed(router),
+                    }
+                    for domain, (loss, tokens) in losses.items()
+                ]  # fmt: skip
+                advance(1)
     return pd.DataFrame(rows)
 
 
@@ -62,7 +56,12 @@ def domain_losses(
     model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int
 ) -> dict[str, tuple[float, int]]:
     """Next-token loss in nats and tokens predicted, per domain and of "all"."""
-    each = block_losses(model, blocks, batch_size)
+    return _of_domains(block_losses(model, blocks, batch_size), blocks)
+
+
+def _of_domains(
+    each: Mapping[str, Floats], blocks: Mapping[str, Tensor]
+) -> dict[str, tuple[float, int]]:
     predicted = {domain: blocks[domain].shape[1] - 1 for domain in each}
     sums = {d: (float(of.sum()) * predicted[d], len(of) * predicted[d]) for d, of in each.items()}
     sums[ALL] = (sum(s for s, _ in sums.values()), sum(n for _, n in sums.values()))

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from moe_emergence.analysis.ablation import Floats, block_losses, without_experts
+from moe_emergence.analysis.ablation import Ablation, Floats
 from moe_emergence.analysis.knockout import knockout_table
 from moe_emergence.analysis.module_sets import (
     ExpertSet,
@@ -70,36 +70,30 @@ def module_tables(
     every = dict.fromkeys([*named.values(), *(one for sets in rivals.values() for one in sets)])
     rows: list[dict[str, Any]] = []
     damages: list[dict[str, Any]] = []
-    was_training = model.training
-    model.eval()
-    try:
-        with progress_bar("modules", (1 + len(every)) * len(corpora)) as advance:
-            for corpus, blocks in corpora.items():
-                whole = block_losses(model, blocks, batch_size)
+    with progress_bar("modules", (1 + len(every)) * len(corpora)) as advance:
+        for corpus, blocks in corpora.items():
+            ablation = Ablation(model, blocks, batch_size)
+            advance(1)
+            lost: dict[ExpertSet, dict[str, Floats]] = {}
+            for chosen in every:
+                losses = ablation.without(dict(zip(routers, chosen, strict=True)))
+                lost[chosen] = {d: losses[d] - whole for d, whole in ablation.whole.items()}
                 advance(1)
-                lost: dict[ExpertSet, dict[str, Floats]] = {}
-                for chosen in every:
-                    with without_experts(_by_router(routers, chosen)):
-                        losses = block_losses(model, blocks, batch_size)
-                    lost[chosen] = {d: losses[d] - whole[d] for d in whole}
-                    advance(1)
-                for domain in named:
-                    row = judge(
-                        domain, lost[named[domain]], [lost[one] for one in rivals[domain]], seed
-                    )
-                    load = [total_load(one, naming.load) for one in rivals[domain]]
-                    rows.append({
-                        "corpus": corpus, "domain": domain,
-                        "experts": _written(routers, named[domain]),
-                        "load": total_load(named[domain], naming.load),
-                        "random_load": float(np.mean(load)) if load else np.nan, **row,
-                    })  # fmt: skip
-                    damages += [
-                        {"corpus": corpus, "domain": domain, "on": on, "damage": float(of.mean())}
-                        for on, of in lost[named[domain]].items()
-                    ]
-    finally:
-        model.train(was_training)
+            for domain in named:
+                row = judge(
+                    domain, lost[named[domain]], [lost[one] for one in rivals[domain]], seed
+                )
+                load = [total_load(one, naming.load) for one in rivals[domain]]
+                rows.append({
+                    "corpus": corpus, "domain": domain,
+                    "experts": _written(routers, named[domain]),
+                    "load": total_load(named[domain], naming.load),
+                    "random_load": float(np.mean(load)) if load else np.nan, **row,
+                })  # fmt: skip
+                damages += [
+                    {"corpus": corpus, "domain": domain, "on": on, "damage": float(of.mean())}
+                    for on, of in lost[named[domain]].items()
+                ]
     return {"modules": pd.DataFrame(rows), "module_damage": pd.DataFrame(damages)}
 
 
@@ -166,10 +160,6 @@ def _resampled_means(losses: Floats, rng: np.random.Generator) -> Floats:
     drawn = rng.integers(0, len(losses), (RESAMPLES, len(losses)))
     means: Floats = losses[drawn].mean(axis=1)
     return means
-
-
-def _by_router(routers: Sequence[RouterInfo], chosen: ExpertSet) -> dict[RouterInfo, Sequence[int]]:
-    return dict(zip(routers, chosen, strict=True))
 
 
 def _written(routers: Sequence[RouterInfo], chosen: ExpertSet) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from moe_emergence.analysis.ablation import block_losses, without_experts
+from moe_emergence.analysis.ablation import Ablation
 from moe_emergence.analysis.module_sets import ExpertSet, Naming, most_selective
 from moe_emergence.analysis.routers import RouterInfo, find_routers
 from moe_emergence.progress import progress_bar
@@ -58,31 +58,25 @@ def retention_table(
             ("random", [most_selective(scores, count) for scores in drawn]),
         )
     ]
-    was_training = model.training
-    model.eval()
     rows: list[dict[str, Any]] = []
-    try:
-        with progress_bar("keeping experts", sum(len(sets) for *_, sets in chosen) + 1) as advance:
-            each = block_losses(model, blocks, batch_size)
-            whole = {domain: float(of.mean()) for domain, of in each.items()}
-            advance(1)
-            for name, count, sets in chosen:
-                losses: dict[str, list[float]] = {domain: [] for domain in whole}
-                for one in sets:
-                    with without_experts(_others(routers, one, experts)):
-                        for domain, of in block_losses(model, blocks, batch_size).items():
-                            losses[domain].append(float(of.mean()))
-                    advance(1)
-                rows += [
-                    {
-                        "best_for": name, "kept": count, "on": domain,
-                        "lm_loss": float(np.mean(found)),
-                        "increase": float(np.mean(found)) - whole[domain],
-                    }
-                    for domain, found in losses.items()
-                ]  # fmt: skip
-    finally:
-        model.train(was_training)
+    with progress_bar("keeping experts", sum(len(sets) for *_, sets in chosen) + 1) as advance:
+        ablation = Ablation(model, blocks, batch_size)
+        whole = {domain: float(of.mean()) for domain, of in ablation.whole.items()}
+        advance(1)
+        for name, count, sets in chosen:
+            losses: dict[str, list[float]] = {domain: [] for domain in whole}
+            for one in sets:
+                for domain, of in ablation.without(_others(routers, one, experts)).items():
+                    losses[domain].append(float(of.mean()))
+                advance(1)
+            rows += [
+                {
+                    "best_for": name, "kept": count, "on": domain,
+                    "lm_loss": float(np.mean(found)),
+                    "increase": float(np.mean(found)) - whole[domain],
+                }
+                for domain, found in losses.items()
+            ]  # fmt: skip
     return pd.DataFrame(rows)
 
 

@@ -87,7 +87,7 @@ def load_dense_model(
         block_size,
         f"give at most {loaded.config.max_position_embeddings}, what --base {base} can see",
     )
-    check_layers_exist(model.moe_layers, loaded.config.num_hidden_layers)
+    check_layers_exist(model, loaded.config.num_hidden_layers)
     return loaded
 
 

@@ -126,7 +126,13 @@ def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
         )
         # another order of the data than the runs that go on from here
         name = f"{config.run_name} base"
-        base = replace(dense, run_name=name, seed=(config.seed + 1) % 2**31, optim=pretraining)
+        base = replace(
+            dense,
+            run_name=name,
+            seed=(config.seed + 1) % 2**31,
+            model=replace(dense.model, frozen_layers=0),
+            optim=pretraining,
+        )
         found.append(Stage("base", base, base_run, start))
         start = _loaded_model(config, str(base_run.final_model))
     elif config.model.base != "scratch":
@@ -226,7 +232,7 @@ def _run_stage(
     if isinstance(model, MixtureModel):
         dispatch = dispatch_of(config, accelerator)
         model.set_dispatch(dispatch, measured(config, model, accelerator))
-    check_layers_exist(config.model.moe_layers, model.config.num_hidden_layers)
+    check_layers_exist(config.model, model.config.num_hidden_layers)
     trainer = Trainer(config, model, data, run, accelerator, checkpoint)
     summary = trainer.train()
     accelerator.free_memory()

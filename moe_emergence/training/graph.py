@@ -165,6 +165,8 @@ def _obstacle(config: RunConfig, accelerator: "Accelerator") -> str | None:
         return f"there are none on a {accelerator.device.type}"
     if accelerator.num_processes > 1:
         return "a graph holds the step of a single process"
+    if config.model.frozen_layers:
+        return "what the layers below --frozen-layers compute comes from the host"
     if config.model.moe_layers and config.dispatch in ("sequential", "megablocks"):
         return f"--dispatch {config.dispatch} waits for the routing of every layer"
     return None

@@ -3,8 +3,8 @@
 Letters: B sequences, L tokens in a sequence, N predictions, H model width, V vocabulary.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,16 +13,29 @@ from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from moe_emergence.models.loading import LanguageModel
+from moe_emergence.models.lower_layers import lower_states_given
 from moe_emergence.moe import RouterDecision, RouterNoise
 from moe_emergence.training.operators import FULL_BLOCKS
 
 
 class NextTokenLoss(nn.Module):
-    """A language model as a function from tokens to losses; it has no parameters of its own."""
+    """A language model as a function from tokens to losses; it has no parameters of its own.
 
-    def __init__(self, model: LanguageModel) -> None:
+    Args:
+        model: dense or mixture.
+        first: index of a layer.
+        lower: from token ids (B, L) to the hidden states (B, L, H) that layer `first` reads; the
+            layers below are not run then.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        first: int = 0,
+        lower: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.first, self.lower = model, first, lower
 
     def forward(
         self, input_ids_BL: Tensor, router_noise: RouterNoise | None = None
@@ -33,7 +46,11 @@ class NextTokenLoss(nn.Module):
         """
         noise = {} if router_noise is None else {"router_noise": router_noise}
         with _without_masks(self.model.config, input_ids_BL.shape[1]):
-            outputs = self.model.base_model(input_ids=input_ids_BL, use_cache=False, **noise)
+            given: AbstractContextManager[None] = nullcontext()
+            if self.lower is not None:
+                given = lower_states_given(self.model, self.first, self.lower(input_ids_BL))
+            with given:
+                outputs = self.model.base_model(input_ids=input_ids_BL, use_cache=False, **noise)
         hidden_BLH, head_VH = outputs.last_hidden_state, self.model.get_output_embeddings().weight
         device = hidden_BLH.device.type
         if torch.is_autocast_enabled(device):

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +18,7 @@ from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.domain_fractions import write_domain_fractions
 from moe_emergence.models.loading import LanguageModel
+from moe_emergence.models.lower_layers import lower_modules
 from moe_emergence.moe import RouterNoise
 from moe_emergence.run_folder import RunFolder, write_json
 from moe_emergence.settings import to_dict
@@ -24,6 +26,7 @@ from moe_emergence.training.checkpoint import Checkpoint, save_checkpoint, save_
 from moe_emergence.training.churn import ChurnProbe
 from moe_emergence.training.collapse import CollapseDetector
 from moe_emergence.training.evaluation import evaluate
+from moe_emergence.training.frozen_states import FrozenStates
 from moe_emergence.training.graph import make_update
 from moe_emergence.training.interrupt import StopRequest
 from moe_emergence.training.metrics import StepRecord
@@ -85,6 +88,9 @@ class Trainer:
         self.churn = ChurnProbe(data.eval_blocks, config.model.moe_layers)
         self.step, self.best = 0, math.inf
         self.train_seconds = self.wall_seconds = 0.0
+        first = config.model.frozen_layers
+        for module in lower_modules(model, first) if first else ():
+            module.requires_grad_(False)
         optimizer = build_optimizer(model, config.optim)
         self.loader = make_step_loader(
             data.train_blocks,
@@ -95,7 +101,12 @@ class Trainer:
             num_processes=accelerator.num_processes,
         )
         use_fast_operators(model, accelerator.device, accelerator.mixed_precision)
-        self.model, self.optimizer = accelerator.prepare(NextTokenLoss(model), optimizer)
+        lower = None
+        if first:
+            cache_dir = Path(config.data.cache_dir)
+            lower = FrozenStates(model, first, cache_dir, accelerator.mixed_precision)
+        objective = NextTokenLoss(model, first, lower)
+        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         rate = config.model.expert_bias_rate
         update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
         self.update = make_update(update, config)
