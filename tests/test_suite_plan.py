@@ -2,9 +2,11 @@
 
 import itertools
 import json
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import llama_models
 import pytest
 import torch
 from rich.console import Console
@@ -26,6 +28,11 @@ from moe_emergence.experiments.flops import steps_for, training_flops, training_
 from moe_emergence.experiments.plan import describe, plan_runs, variant_configs, with_changes
 from moe_emergence.experiments.suite_file import built_in, load_suite
 from moe_emergence.models import upcycle
+from moe_emergence.models.lower_layers import (
+    freeze_lower_layers,
+    lower_states,
+    lower_states_given,
+)
 from moe_emergence.presets import demo
 from moe_emergence.settings import to_dict
 
@@ -89,48 +96,57 @@ def tiny_config(**model: object) -> RunConfig:
     )
 
 
+@pytest.mark.parametrize("kind", ["scratch", "llama", "llama-untied", "qwen3"])
 @pytest.mark.parametrize(
     "model",
-    [{"moe_layers": ()}, {}, {"top_k": 3}, {"router": "frozen"}, {"router": "hash", "top_k": 2}],
-    ids=["dense", "top1", "top3", "frozen", "hash"],
-)
-def test_flops_are_those_that_torch_counts(model: dict[str, object]) -> None:
+    [
+        {"moe_layers": ()}, {}, {"top_k": 3}, {"router": "frozen"}, {"router": "hash", "top_k": 2},
+        {"frozen_layers": 1, "moe_layers": (1, 2)}, {"frozen_layers": 1, "moe_layers": ()},
+    ],
+    ids=["dense", "top1", "top3", "frozen", "hash", "frozen-layer", "frozen-layer-dense"],
+)  # fmt: skip
+def test_flops_are_those_that_torch_counts(
+    model: dict[str, object], kind: str, tmp_path: Path
+) -> None:
+    if kind == "scratch":
+        dense = GPT2LMHeadModel(
+            GPT2Config(vocab_size=300, n_positions=8, n_layer=3, n_embd=16, n_head=2)
+        )
+    else:
+        dense = llama_models.make_dense(kind)
+        dense.save_pretrained(tmp_path)
+        model = {**model, "base": str(tmp_path)}
     config = tiny_config(**model)
     shape = config.model
-    language_model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=300, n_positions=8, n_layer=3, n_embd=16, n_head=2, bos_token_id=0,
-            eos_token_id=0, attn_implementation="eager",
-        )
-    )  # fmt: skip
+    language_model = dense
     if shape.moe_layers:
         language_model = upcycle(
-            language_model,
-            shape.moe_layers,
-            shape.num_experts,
-            shape.top_k,
-            router=shape.router,
+            dense, shape.moe_layers, shape.num_experts, shape.top_k, router=shape.router,
             dispatch="sequential",
-        )
-        language_model.set_attn_implementation("eager")
-    ids = torch.randint(300, (5, 8))
-    with FlopCounterMode(display=False) as counter:
+        )  # fmt: skip
+    language_model.set_attn_implementation("eager")
+    ids = torch.randint(60, (5, 8))
+    lower: AbstractContextManager[None] = nullcontext()
+    if shape.frozen_layers:
+        freeze_lower_layers(language_model, 1)
+        lower = lower_states_given(language_model, 1, lower_states(language_model, 1, ids))
+    with lower, FlopCounterMode(display=False) as counter:
         language_model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert counter.get_total_flops() == ids.numel() * training_flops_per_token(config, 300)
+    assert counter.get_total_flops() == ids.numel() * training_flops_per_token(config)
 
 
 def test_matched_steps_cost_what_they_are_to_match() -> None:
     top2, dense = tiny_config(top_k=2), tiny_config(moe_layers=())
-    flops = training_flops(top2, 300)
-    steps = steps_for(flops, dense, 300)
+    flops = training_flops(top2)
+    steps = steps_for(flops, dense)
     assert steps > top2.optim.max_steps
-    spent = training_flops(replace(dense, optim=replace(dense.optim, max_steps=steps)), 300)
+    spent = training_flops(replace(dense, optim=replace(dense.optim, max_steps=steps)))
     assert abs(spent - flops) <= spent / steps / 2
     suite = load_suite("demo")
     configs = variant_configs(suite, {})
     for variant in (v for v in suite.variants if v.flops_of):
-        flops = training_flops(configs[variant.flops_of], 4096)
-        assert training_flops(configs[variant.name], 4096) == pytest.approx(flops, rel=0.005)
+        flops = training_flops(configs[variant.flops_of])
+        assert training_flops(configs[variant.name]) == pytest.approx(flops, rel=0.005)
 
 
 def test_suite_json_is_read_back_by_the_report(tmp_path: Path) -> None:

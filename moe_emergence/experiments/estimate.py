@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from moe_emergence.config import DOMAINS, RunConfig
 from moe_emergence.data.loader import StepBatch
-from moe_emergence.experiments.flops import training_flops
-from moe_emergence.experiments.plan import PlannedRun, vocabulary_of
+from moe_emergence.experiments.flops import base_config, training_flops
+from moe_emergence.experiments.plan import PlannedRun
 from moe_emergence.models import MixtureModel, upcycle
 from moe_emergence.models.loading import LanguageModel
+from moe_emergence.models.lower_layers import freeze_lower_layers
 from moe_emergence.moe import RouterNoise
 from moe_emergence.progress import progress_bar
 from moe_emergence.settings import to_dict
@@ -139,7 +140,7 @@ def _cost(
         missing,
         steps,
         steps * per_step,
-        training_flops(config, vocabulary_of(config)),
+        training_flops(config),
         step_seconds,
         step_seconds * (steps + evaluated),
     )
@@ -157,12 +158,20 @@ def time_step(config: RunConfig, budget_s: float) -> float:
     if isinstance(language_model, MixtureModel):
         language_model.set_dispatch(dispatch_of(config, accelerator))
     use_fast_operators(language_model, accelerator.device, accelerator.mixed_precision)
+    first = config.model.frozen_layers
+    freeze_lower_layers(language_model, first)
+    width = language_model.config.hidden_size
+    # in place of what would be read from the disk
+    lower = (lambda ids: torch.zeros(*ids.shape, width, device=ids.device)) if first else None
     optimizer = build_optimizer(language_model, config.optim)
-    model, optimizer = accelerator.prepare(NextTokenLoss(language_model), optimizer)
+    objective = NextTokenLoss(language_model, first, lower)
+    model, optimizer = accelerator.prepare(objective, optimizer)
     optim, length = config.optim, config.data.block_size
     update = make_update(Update(accelerator, model, optimizer, optim), config)
     shape = (optim.grad_accum_steps, optim.batch_size)
-    ids = torch.randint(vocabulary_of(config), (*shape, length), device=accelerator.device)
+    ids = torch.randint(
+        language_model.config.vocab_size, (*shape, length), device=accelerator.device
+    )
     batch = StepBatch(ids, torch.zeros(shape, dtype=torch.int64, device=accelerator.device))
     seconds: list[float] = []
     began = time.perf_counter()
@@ -179,20 +188,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
 
 def _random_model(config: RunConfig) -> LanguageModel:
     model = config.model
-    dense = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=vocabulary_of(config),
-            n_positions=config.data.block_size,
-            n_layer=model.n_layer,
-            n_embd=model.n_embd,
-            n_head=model.n_head,
-            bos_token_id=0,
-            eos_token_id=0,
-            resid_pdrop=model.dropout,
-            embd_pdrop=model.dropout,
-            attn_pdrop=model.dropout,
-        )
-    )
+    dense: LanguageModel = AutoModelForCausalLM.from_config(base_config(config))
     if not model.moe_layers:
         return dense
     return upcycle(

@@ -2,43 +2,59 @@
 
 A forward pass costs what its matrix products cost; the backward pass twice that. Attention counts
 every pair of positions, as the kernels compute them. Embeddings, norms and element-wise work are
-left out (arXiv 2001.08361, section 2.1, leaves out the same).
+left out (arXiv 2001.08361, section 2.1, leaves out the same), and so are frozen layers, whose
+forward pass is done once for a text.
 
-Letters: H model width, V vocabulary, L tokens in a sequence, E experts, K experts per token.
+Letters: H model width, L tokens in a sequence, E experts, K experts per token.
 """
 
 import math
 
+from transformers import GPT2Config, PreTrainedConfig
+
 from moe_emergence.config import RunConfig
+from moe_emergence.models.loading import dense_config
 from moe_emergence.training.trainer import tokens_per_step
 
+GPT2_VOCABULARY = 50_257
 
-def training_flops_per_token(config: RunConfig, vocab_size: int) -> float:
-    """FLOPs of forward and backward per token.
 
-    Args:
-        config: of the run; `model.n_layer` and `model.n_embd` are those of its base.
-        vocab_size: V.
-    """
-    model, width = config.model, config.model.n_embd
-    attention = 2 * 4 * width**2 + 4 * config.data.block_size * width
-    mlp = 2 * 8 * width**2
-    mixtures = len(model.moe_layers)
-    dense = model.n_layer - mixtures
-    forward = model.n_layer * attention + (dense + mixtures * model.top_k) * mlp
-    forward += 2 * width * vocab_size
+def base_config(config: RunConfig) -> PreTrainedConfig:
+    """Of the dense model that a run starts from."""
+    data = config.data
+    vocab_size = data.vocab_size if data.tokenizer == "train" else GPT2_VOCABULARY
+    return dense_config(config.model, vocab_size, data.block_size, data.cache_dir)
+
+
+def training_flops_per_token(config: RunConfig) -> float:
+    """FLOPs of forward and backward per token."""
+    model, base = config.model, base_config(config)
+    width, heads = base.hidden_size, base.num_attention_heads
+    head_width = getattr(base, "head_dim", None) or width // heads
+    key_heads = getattr(base, "num_key_value_heads", None) or heads
+    attention = 4 * width * head_width * (heads + key_heads)
+    attention += 4 * config.data.block_size * heads * head_width
+    if isinstance(base, GPT2Config):
+        mlp = 2 * 2 * width * (base.n_inner or 4 * width)
+    else:
+        mlp = 3 * 2 * width * base.intermediate_size
+    layers, mixtures = base.num_hidden_layers - model.frozen_layers, len(model.moe_layers)
+    dense = layers - mixtures
+    forward = layers * attention + (dense + mixtures * model.top_k) * mlp
     router = 0 if model.router == "hash" else mixtures * 2 * width * model.num_experts
-    # a frozen router has no backward pass
-    return 3 * forward + (1 if model.router == "frozen" else 3) * router
+    # no gradients of weights that are not trained
+    head_is_frozen = model.frozen_layers and base.tie_word_embeddings
+    head = (2 if head_is_frozen else 3) * 2 * width * base.vocab_size
+    return 3 * forward + head + (1 if model.router == "frozen" else 3) * router
 
 
-def training_flops(config: RunConfig, vocab_size: int) -> float:
+def training_flops(config: RunConfig) -> float:
     """FLOPs of all steps of a run on one process."""
     tokens = config.optim.max_steps * tokens_per_step(config, 1)
-    return tokens * training_flops_per_token(config, vocab_size)
+    return tokens * training_flops_per_token(config)
 
 
-def steps_for(flops: float, config: RunConfig, vocab_size: int) -> int:
+def steps_for(flops: float, config: RunConfig) -> int:
     """Steps of `config` that cost nearest to `flops`, at least one."""
-    per_step = tokens_per_step(config, 1) * training_flops_per_token(config, vocab_size)
+    per_step = tokens_per_step(config, 1) * training_flops_per_token(config)
     return max(1, math.floor(flops / per_step + 0.5))

@@ -14,7 +14,6 @@ from moe_emergence.presets import get_preset
 from moe_emergence.run_folder import RunFolder
 from moe_emergence.settings import to_dict
 
-GPT2_VOCABULARY = 50_257
 _BASE_SEEDS = 1_000_000
 """Added to the seed of a base, so that its order of the data is that of no variant."""
 
@@ -89,17 +88,10 @@ def variant_configs(suite: Suite, overrides: Mapping[str, Any]) -> dict[str, Run
             config = with_changes(config, {**suite.changes, **overrides}, where)
         config = with_changes(config, variant.changes, where)
         if variant.flops_of is not None:
-            vocabulary = vocabulary_of(config)
-            spent = training_flops(found[variant.flops_of], vocabulary)
-            steps = steps_for(spent, config, vocabulary)
+            steps = steps_for(training_flops(found[variant.flops_of]), config)
             config = with_changes(config, {"optim.max_steps": steps}, where)
         found[variant.name] = config
     return found
-
-
-def vocabulary_of(config: RunConfig) -> int:
-    """Entries of the tokenizer that the configuration names (GPT-2's unless it is trained here)."""
-    return config.data.vocab_size if config.data.tokenizer == "train" else GPT2_VOCABULARY
 
 
 def with_changes(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunConfig:

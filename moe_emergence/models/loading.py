@@ -30,18 +30,33 @@ def new_dense_model(
 ) -> GPT2LMHeadModel:
     """A GPT-2 with fresh weights, of the size `model` names, for blocks of `block_size` tokens."""
     torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=block_size,
-            n_layer=model.n_layer,
-            n_embd=model.n_embd,
-            n_head=model.n_head,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            **_dropout(FAMILIES[GPT2LMHeadModel], model),
-        )
+    end = tokenizer.eos_token_id
+    return GPT2LMHeadModel(_new_config(model, len(tokenizer), block_size, end))
+
+
+def _new_config(model: ModelConfig, vocab_size: int, block_size: int, end: int | None) -> Any:
+    return GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=block_size,
+        n_layer=model.n_layer,
+        n_embd=model.n_embd,
+        n_head=model.n_head,
+        bos_token_id=end,
+        eos_token_id=end,
+        **_dropout(FAMILIES[GPT2LMHeadModel], model),
     )
+
+
+def dense_config(model: ModelConfig, vocab_size: int, block_size: int, cache_dir: str) -> Any:
+    """The configuration of the dense model that `--base` names, without its weights.
+
+    Of a base that is made from scratch, or is not on this machine (yet), it is that of a GPT-2 of
+    the size that `model` names.
+    """
+    base = str(smollm2_folder(cache_dir)) if model.base == SMOLLM2 else model.base
+    if Path(base, "config.json").is_file():
+        return AutoConfig.from_pretrained(base)
+    return _new_config(model, vocab_size, block_size, None)
 
 
 def load_dense_model(

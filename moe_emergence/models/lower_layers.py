@@ -31,6 +31,12 @@ def lower_modules(model: PreTrainedModel, first: int) -> list[nn.Module]:
     return [model.get_input_embeddings(), *positions, *layers_of(model)[:first]]
 
 
+def freeze_lower_layers(model: PreTrainedModel, first: int) -> None:
+    """Train no layer below `first`, nor, unless `first` is 0, the embeddings."""
+    for module in lower_modules(model, first) if first else ():
+        module.requires_grad_(False)
+
+
 @torch.no_grad()
 def lower_states(model: PreTrainedModel, first: int, input_ids_BL: Tensor) -> Tensor:
     """(B, L, H) hidden states that layer `first` reads; the layers from there on do not run."""

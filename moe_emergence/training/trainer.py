@@ -18,7 +18,7 @@ from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.domain_fractions import write_domain_fractions
 from moe_emergence.models.loading import LanguageModel
-from moe_emergence.models.lower_layers import lower_modules
+from moe_emergence.models.lower_layers import freeze_lower_layers
 from moe_emergence.moe import RouterNoise
 from moe_emergence.run_folder import RunFolder, write_json
 from moe_emergence.settings import to_dict
@@ -89,8 +89,7 @@ class Trainer:
         self.step, self.best = 0, math.inf
         self.train_seconds = self.wall_seconds = 0.0
         first = config.model.frozen_layers
-        for module in lower_modules(model, first) if first else ():
-            module.requires_grad_(False)
+        freeze_lower_layers(model, first)
         optimizer = build_optimizer(model, config.optim)
         self.loader = make_step_loader(
             data.train_blocks,
