@@ -187,7 +187,7 @@ def model_tables(
         )
     if source.run is not None:
         over = over_checkpoints(source.run, few, device=device, batch_size=config.batch_size)
-        tables |= {"saturation": over.saturation, "trajectory": over.trajectory}
+        tables |= vars(over)
         tables |= training_tables(source.run)
     return tables
 

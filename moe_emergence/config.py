@@ -241,6 +241,9 @@ class OptimConfig:
     """Peak learning rate of those dense steps."""
     compare_dense: bool = False
     """Also train the dense base on for the same steps on the same data, and compare per domain."""
+    compare_null: bool = False
+    """Also train the mixture with a random router that never learns for the same steps on the same
+    data: what of a result does not come from where the router sends tokens."""
 
     def __post_init__(self) -> None:
         for flag, steps, least in (

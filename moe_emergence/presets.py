@@ -24,17 +24,25 @@ def demo() -> RunConfig:
         preset="demo",
         run_name="demo",
         model=ModelConfig(
-            base="scratch", n_layer=4, n_embd=256, n_head=4, moe_layers=(2, 3), num_experts=8
+            base="scratch",
+            n_layer=4,
+            n_embd=256,
+            n_head=4,
+            moe_layers=(2, 3),
+            num_experts=8,
+            router="frozen",
+            router_init="clusters",
         ),
         data=DataConfig(data="embedded", size_mb=2.0, block_size=128, tokenizer="train"),
         optim=OptimConfig(
-            max_steps=300,
+            max_steps=200,
             batch_size=8,
             grad_accum_steps=1,
             learning_rate=1e-3,
-            pretrain_steps=400,
+            pretrain_steps=700,
             pretrain_learning_rate=2e-3,
             compare_dense=True,
+            compare_null=True,
         ),
         monitor=MonitorConfig(
             eval_every=50,

@@ -10,7 +10,6 @@ from moe_emergence.config import RunConfig
 from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.errors import INTERRUPTED
 from moe_emergence.presets import get_preset
-from moe_emergence.run_folder import RunFolder
 from moe_emergence.training.experiment import ExperimentResult, run_experiment
 from moe_emergence.training.launch import start_missing_processes
 
@@ -40,11 +39,13 @@ def preset_name(argv: list[str]) -> str:
 
 def _report(config: RunConfig, result: ExperimentResult) -> None:
     folder = Path(config.output_dir) / config.run_name
-    table = RunFolder(folder).expert_domain
-    if table.exists():
-        figure = plot_expert_domain(read_domain_fractions(table))
-        figure.savefig(table.with_suffix(".png"), dpi=150)
     runs = {stage.role: stage.run for stage in result.stages}
+    tables = {role: run.expert_domain for role, run in runs.items() if run.expert_domain.exists()}
+    if "moe" in tables:
+        titles = {"moe": config.run_name, "null": "random router, never trained"}
+        found = {titles[role]: read_domain_fractions(table) for role, table in tables.items()}
+        figure = plot_expert_domain(found)
+        figure.savefig(tables["moe"].with_suffix(".png"), dpi=150)
     print_comparison(runs, result.status, folder)
 
 

@@ -24,7 +24,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
     triton.knobs.runtime.interpret = True
 
-from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.config import DOMAINS, ModelConfig, RunConfig
 from moe_emergence.presets import demo
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -125,7 +125,9 @@ def tiny(data_folder: Path, cache_folder: Path, where: Path) -> RunConfig:
         run_name="tiny",
         output_dir=str(where / "runs"),
         device="cpu",
-        model=replace(config.model, n_layer=2, n_embd=16, n_head=2, moe_layers=(1,), num_experts=4),
+        model=ModelConfig(
+            base="scratch", n_layer=2, n_embd=16, n_head=2, moe_layers=(1,), num_experts=4
+        ),
         data=replace(
             config.data,
             data=str(data_folder),
@@ -134,7 +136,12 @@ def tiny(data_folder: Path, cache_folder: Path, where: Path) -> RunConfig:
             vocab_size=300,
         ),
         optim=replace(
-            config.optim, max_steps=6, pretrain_steps=4, batch_size=4, compare_dense=False
+            config.optim,
+            max_steps=6,
+            pretrain_steps=4,
+            batch_size=4,
+            compare_dense=False,
+            compare_null=False,
         ),
         monitor=replace(
             config.monitor,

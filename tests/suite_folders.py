@@ -78,8 +78,10 @@ def config_of(plan: VariantPlan, seed: int) -> RunConfig:
     """The configuration of one run."""
     start = demo()
     model = replace(start.model, moe_layers=LAYERS, num_experts=NUM_EXPERTS)
+    model = replace(model, router="learned", router_init="random")
     model = replace(model, **plan.model)
-    optim = replace(start.optim, **{"max_steps": 100, "compare_dense": False, **plan.optim})
+    optim = replace(start.optim, max_steps=100, compare_dense=False, compare_null=False)
+    optim = replace(optim, **plan.optim)
     monitor = replace(start.monitor, log_router_every=5, collapse_every=5)
     return replace(
         start, run_name=f"seed-{seed}", seed=seed, model=model, optim=optim, monitor=monitor

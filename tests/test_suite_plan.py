@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_emergence import suite as command
-from moe_emergence.config import RunConfig
+from moe_emergence.config import ModelConfig, RunConfig
 from moe_emergence.experiments.comparisons import config_differences
 from moe_emergence.experiments.description import BASE, read_suite
 from moe_emergence.experiments.estimate import (
@@ -87,7 +87,9 @@ def test_the_issue_s_questions_are_asked_with_five_seeds() -> None:
 
 def tiny_config(**model: object) -> RunConfig:
     start = demo()
-    shape = replace(start.model, n_layer=3, n_embd=16, n_head=2, moe_layers=(0, 2), num_experts=4)
+    shape = ModelConfig(
+        base="scratch", n_layer=3, n_embd=16, n_head=2, moe_layers=(0, 2), num_experts=4
+    )
     return replace(
         start,
         model=replace(shape, **model),

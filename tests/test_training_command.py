@@ -1,12 +1,13 @@
 """`python -m moe_emergence.train` and `generate` as a person uses them."""
 
 import json
+import math
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 from moe_emergence import generate, train
 from moe_emergence.config import DOMAINS
+from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
@@ -48,13 +50,31 @@ def finished(
     return RunFolder(where / "runs" / "demo"), done
 
 
+def _bits(fractions: Mapping[int, Sequence[Sequence[float]]]) -> str:
+    """H(expert) - H(expert | domain) of every layer, domains of equal weight."""
+
+    def entropy(shares: Sequence[float]) -> float:
+        return -sum(p * math.log2(p) for p in shares if p > 0)
+
+    found = []
+    for rows in fractions.values():
+        together = [sum(shares) / len(rows) for shares in zip(*rows, strict=True)]
+        found.append(entropy(together) - sum(map(entropy, rows)) / len(rows))
+    return ", ".join(f"{one:.2f}" for one in found)
+
+
 def test_demo_ends_well_and_says_so(
     finished: tuple[RunFolder, "subprocess.CompletedProcess[str]"],
 ) -> None:
     run, done = finished
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert "mixture minus dense" in done.stdout
+    assert "mixture - dense" in done.stdout
+    assert "mixture - random" in done.stdout
+    null = RunFolder(run.root / "null")
+    bits = [_bits(read_domain_fractions(of.expert_domain)) for of in (run, null)]
+    shown = "tells {} of 1.58 bits of a token's domain (layer by layer); a random router's {}."
+    assert shown.format(*bits) in " ".join(done.stdout.split())
     summary = read_json(run.summary)
     assert summary["status"] == "completed"
     assert summary["final_step"] == 4
@@ -74,6 +94,10 @@ def test_run_folder_holds_what_the_contract_names(
     assert (run.root / "expert_domain.png").stat().st_size > 10_000
     assert (run.root / "expert_domain.csv").read_text().startswith("layer,domain,expert,fraction")
     assert (run.root / "dense" / "run_summary.json").is_file()
+    null = RunFolder(run.root / "null")
+    assert read_json(null.summary)["final_step"] == 4
+    assert read_json(null.config)["model"]["router_init"] == "random"
+    assert read_json(run.config)["model"]["router_init"] == "clusters"
     assert (run.root / "dense-base" / "run_summary.json").is_file()
     environment = read_json(run.environment)
     assert {"python", "packages", "device", "commit", "precision"} <= environment.keys()

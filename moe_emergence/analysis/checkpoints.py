@@ -9,21 +9,25 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from moe_emergence.analysis.router_gradients import router_gradients
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.sources import load_model
 from moe_emergence.config import DOMAINS
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import RunFolder
 
+_GRADIENT_BLOCKS = 8
+
 
 @dataclass(frozen=True)
 class OverCheckpoints:
     """`saturation`: step, layer, slots, share (of the assignments that the checkpoint has in common
     with the last one: router saturation, OLMoE, arXiv 2409.02060, section 5.1). `trajectory`: step,
-    layer, domain, expert, fraction."""
+    layer, domain, expert, fraction. `router_gradients`: step, and what `router_gradients` says."""
 
     saturation: pd.DataFrame
     trajectory: pd.DataFrame
+    router_gradients: pd.DataFrame
 
 
 def over_checkpoints(
@@ -31,13 +35,17 @@ def over_checkpoints(
 ) -> OverCheckpoints:
     """Route the blocks (R, L) of each domain through every checkpoint; a model at a time.
 
-    Both tables are empty where the run kept fewer than two.
+    The tables are empty where the run kept fewer than two; gradients are on 8 blocks of a domain.
     """
     steps = run.checkpoint_steps()
     if len(steps) < 2:
-        return OverCheckpoints(pd.DataFrame(), pd.DataFrame())
+        return OverCheckpoints(pd.DataFrame(), pd.DataFrame(), pd.DataFrame())
+    # domains take turns, so that both halves have all of them
+    turns = zip(*(part[:_GRADIENT_BLOCKS] for part in blocks.values()), strict=False)
+    mixed = torch.stack([row for turn in turns for row in turn])
     chosen: dict[int, list[Tensor]] = {}
     rows: list[dict[str, Any]] = []
+    gradients: list[dict[str, Any]] = []
     with progress_bar("routing of the checkpoints", len(steps)) as advance:
         for step in steps:
             model, _ = load_model(str(run.checkpoint(step)), device)
@@ -45,6 +53,7 @@ def over_checkpoints(
             parts, found = _route(reader, blocks, batch_size)
             chosen[step] = parts
             rows += [{"step": step, **row} for row in found]
+            gradients += [{"step": step, **row} for row in router_gradients(model, mixed)]
             advance(1)
     final = chosen[steps[-1]]
     saturation = [
@@ -52,7 +61,7 @@ def over_checkpoints(
         for step, parts in chosen.items()
         for layer, experts, last in zip(reader.layers, parts, final, strict=True)
     ]
-    return OverCheckpoints(pd.DataFrame(saturation), pd.DataFrame(rows))
+    return OverCheckpoints(pd.DataFrame(saturation), pd.DataFrame(rows), pd.DataFrame(gradients))
 
 
 def _route(

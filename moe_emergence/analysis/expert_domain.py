@@ -3,44 +3,59 @@
 Letters: D domains, E experts.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from moe_emergence.analysis.information import mutual_information
 from moe_emergence.config import DOMAINS
 from moe_emergence.domain_fractions import DomainFractions
 
+COLOURS = "cividis"
 
-def plot_expert_domain(fractions: DomainFractions) -> Figure:
-    """One heatmap per layer: share (%) of each domain's (D) assignments that each expert (E) gets.
+
+def plot_expert_domain(runs: Mapping[str, DomainFractions]) -> Figure:
+    """Heatmaps, a row per layer and a column per run: share (%) of each domain's assignments.
 
     Args:
-        fractions: per layer, D rows of E shares that sum to 1.
+        runs: by title, of each layer D rows of E shares that sum to 1; the same layers in all.
     """
-    num_experts = len(next(iter(fractions.values()))[0])
+    layers = list(next(iter(runs.values())))
+    num_experts = len(next(iter(runs.values()))[layers[0]][0])
+    width = max(5.0, 0.7 * num_experts + 2.5)
     figure = Figure(
-        figsize=(max(5.0, 0.7 * num_experts + 2.5), 1.9 * len(fractions) + 0.8),
-        layout="constrained",
+        figsize=(1.0 + (width - 1.0) * len(runs), 1.9 * len(layers) + 0.8), layout="constrained"
     )
-    axes = figure.subplots(len(fractions), 1, squeeze=False, sharex=True)[:, 0]
-    # one scale for all layers, so that colours can be compared between them
-    top = max(max(max(row) for row in rows) for rows in fractions.values())
-    colours = ScalarMappable(Normalize(0, 100 * top), "cividis")
-    for axis, (layer, rows) in zip(axes, fractions.items(), strict=True):
-        shares = 100 * np.asarray(rows)
-        axis.imshow(shares, cmap=colours.cmap, norm=colours.norm, aspect="auto")
-        axis.set_title(f"layer {layer}", fontsize=10, loc="left")
-        axis.set_yticks(range(len(DOMAINS)), DOMAINS)
-        axis.set_xticks(range(num_experts))
-        if num_experts <= 16:
-            for (d, e), share in np.ndenumerate(shares):
-                dark = share < 50 * top
-                axis.text(
-                    e, d, f"{share:.0f}", ha="center", va="center", fontsize=8,
-                    color="white" if dark else "black",
-                )  # fmt: skip
-    axes[-1].set_xlabel(f"expert (uniform routing: {100 / num_experts:.1f}% each)")
-    figure.colorbar(colours, ax=list(axes), label="share of the domain's tokens (%)")
+    axes = figure.subplots(len(layers), len(runs), squeeze=False, sharex=True, sharey=True)
+    # one scale for all, so that colours can be compared
+    top = max(max(map(max, rows)) for layers in runs.values() for rows in layers.values())
+    scale = Normalize(0, 100 * top)
+    for column, (title, fractions) in enumerate(runs.items()):
+        for axis, (layer, rows) in zip(axes[:, column], fractions.items(), strict=True):
+            bits = float(mutual_information(rows))
+            place = f"{title}, layer {layer}" if len(runs) > 1 else f"layer {layer}"
+            axis.set_title(f"{place} ({bits:.2f} bits of the domain)", fontsize=10, loc="left")
+            _draw(axis, 100 * np.asarray(rows), scale)
+    figure.supxlabel(f"expert (uniform routing: {100 / num_experts:.1f}% each)", fontsize=10)
+    colours = ScalarMappable(scale, COLOURS)
+    figure.colorbar(colours, ax=list(axes.flat), label="share of the domain's tokens (%)")
     figure.suptitle("Where each domain's tokens go", fontsize=11)
     return figure
+
+
+def _draw(axis: Axes, shares: npt.NDArray[np.float64], scale: Normalize) -> None:
+    axis.imshow(shares, cmap=COLOURS, norm=scale, aspect="auto")
+    axis.set_yticks(range(len(DOMAINS)), DOMAINS)
+    axis.set_xticks(range(shares.shape[1]))
+    if shares.shape[1] <= 16:
+        for (d, e), share in np.ndenumerate(shares):
+            dark = scale(share) < 0.5
+            axis.text(
+                e, d, f"{share:.0f}", ha="center", va="center", fontsize=8,
+                color="white" if dark else "black",
+            )  # fmt: skip

@@ -1,5 +1,6 @@
 """The table a person reads when a run has ended, made from the run folders alone."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -7,10 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_emergence.analysis.information import mutual_information
 from moe_emergence.config import DOMAINS
+from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
-_TITLES = {"base": "dense base", "moe": "mixture of experts", "dense": "dense, trained on"}
+_TITLES = {
+    "base": "dense base",
+    "moe": "mixture of experts",
+    "dense": "dense, trained on",
+    "null": "random router",
+}
 
 
 def last_evaluation(run: RunFolder) -> dict[str, Any] | None:
@@ -20,9 +28,9 @@ def last_evaluation(run: RunFolder) -> dict[str, Any] | None:
 
 
 def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
-    """Evaluation lm_loss (nats per token) per domain of every run, and MoE minus dense.
+    """Evaluation lm_loss (nats per token) per domain of every run, and the mixture's minus others'.
 
-    The difference is shown only where both were evaluated at the same step.
+    A difference is shown only where both were evaluated at the same step.
     """
     table = Table(title="Evaluation lm_loss, nats per token (auxiliary losses not included)")
     table.add_column("model")
@@ -34,18 +42,42 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
         if row is not None:
             losses = [f"{row[key]:.4f}" for key in keys]
             table.add_row(_TITLES[role], str(row["step"]), *losses, _speed(runs[role]))
-    moe, dense = rows.get("moe"), rows.get("dense")
-    if moe is not None and dense is not None and moe["step"] == dense["step"]:
-        table.add_section()
-        gaps = [f"{moe[key] - dense[key]:+.4f}" for key in keys]
-        table.add_row("mixture minus dense", str(moe["step"]), *gaps, "")
+    table.add_section()
+    for role, title in (("dense", "mixture - dense"), ("null", "mixture - random")):
+        moe, other = rows.get("moe"), rows.get(role)
+        if moe is not None and other is not None and moe["step"] == other["step"]:
+            gaps = [f"{moe[key] - other[key]:+.4f}" for key in keys]
+            table.add_row(title, str(moe["step"]), *gaps, "")
     return table
+
+
+def domain_bits(run: RunFolder) -> list[float]:
+    """I(expert; domain) in bits for every mixture layer at the last evaluation, domains alike."""
+    fractions = read_domain_fractions(run.expert_domain)
+    return [float(mutual_information(rows)) for rows in fractions.values()]
+
+
+def what_was_shown(runs: Mapping[str, RunFolder]) -> str:
+    """A sentence on what the mixture's experts know of the domain, beside a random router's."""
+    most = math.log2(len(DOMAINS))
+    bits = {role: _listed(domain_bits(runs[role])) for role in ("moe", "null")}
+    return (
+        f"Knowing the expert tells {bits['moe']} of {most:.2f} bits of a token's domain (layer by "
+        f"layer); a random router's {bits['null']}. That is one seed: whether a difference "
+        "holds, a suite says; whether a domain needs its experts, analyze --test modules."
+    )
+
+
+def _listed(bits: list[float]) -> str:
+    return ", ".join(f"{one:.2f}" for one in bits)
 
 
 def print_comparison(runs: Mapping[str, RunFolder], status: str, place: Path) -> None:
     """Print how it ended, the comparison table and where everything is, to stdout."""
     console = Console(markup=False, highlight=False)
     console.print(comparison_table(runs))
+    if all(role in runs and runs[role].expert_domain.exists() for role in ("moe", "null")):
+        console.print(what_was_shown(runs))
     console.print(f"status: {status}; everything is in {place}", soft_wrap=True)
 
 

@@ -17,8 +17,8 @@ MARGIN = 0.01
 
 _NOT_COMPARED = frozenset(
     {"preset", "run_name", "output_dir", "resume", "stop_after", "device", "dispatch", "autotune",
-     "cuda_graph", "debug", "optim.compare_dense", "optim.pretrain_steps",
-     "optim.pretrain_learning_rate", "data.cache_dir"}
+     "cuda_graph", "debug", "optim.compare_dense", "optim.compare_null",
+     "optim.pretrain_steps", "optim.pretrain_learning_rate", "data.cache_dir"}
 )  # fmt: skip
 """Where a run is, and how it is executed; not what it computes."""
 

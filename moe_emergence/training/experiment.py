@@ -1,8 +1,9 @@
-"""From a configuration to finished runs: base, mixture and dense comparison, each a run folder.
+"""From a configuration to finished runs: base, mixture and comparisons, each a run folder.
 
 A base made from scratch is pretrained in RUN/dense-base; the run itself is in RUN; with
-`compare_dense` the same base, trained on densely, is in RUN/dense. Each can be resumed; what is
-complete is not done again.
+`compare_dense` the same base, trained on densely, is in RUN/dense, and with `compare_null` the
+mixture with a random router is in RUN/null. Each can be resumed; what is complete is not done
+again.
 """
 
 import logging
@@ -51,7 +52,7 @@ class Stage:
     """One run of an experiment."""
 
     role: str
-    """base, moe or dense."""
+    """base, moe, dense or null."""
     config: RunConfig
     run: RunFolder
     make_model: Callable[[PreparedData], LanguageModel]
@@ -109,7 +110,8 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
 
 def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
     """The runs an experiment consists of, in order."""
-    optim = replace(config.optim, compare_dense=False, pretrain_steps=0)
+    alone = replace(config.optim, compare_dense=False, compare_null=False)
+    optim = replace(alone, pretrain_steps=0)
     dense = replace(
         config, stop_after=None, model=replace(config.model, moe_layers=()), optim=optim
     )
@@ -142,6 +144,11 @@ def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
     if config.optim.compare_dense and is_moe:
         compared = replace(dense, run_name=f"{config.run_name} dense")
         found.append(Stage("dense", compared, RunFolder(run.root / "dense"), start))
+    random = replace(config.model, router="frozen", router_init="random")
+    if config.optim.compare_null and is_moe and random != config.model:
+        null = replace(config, run_name=f"{config.run_name} null", stop_after=None, model=random)
+        null = replace(null, optim=alone)
+        found.append(Stage("null", null, RunFolder(run.root / "null"), _upcycled(null, start)))
     return found
 
 
@@ -252,8 +259,9 @@ def _finished(run: RunFolder) -> RunSummary | None:
 
 
 def _is_needed(stage: Stage, checkpoint: Checkpoint | None, config: RunConfig) -> bool:
-    """A run that goes on from a checkpoint needs its base for the dense comparison only."""
-    return stage.role != "base" or checkpoint is None or config.optim.compare_dense
+    """A run that goes on from a checkpoint needs its base for the comparisons only."""
+    compares = config.optim.compare_dense or config.optim.compare_null
+    return stage.role != "base" or checkpoint is None or compares
 
 
 def _prepare(config: RunConfig, accelerator: Accelerator) -> PreparedData:

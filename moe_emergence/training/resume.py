@@ -25,6 +25,7 @@ _FREE = frozenset(
         "optim.batch_size",
         "optim.grad_accum_steps",
         "optim.compare_dense",
+        "optim.compare_null",
         "monitor.eval_every",
         "monitor.save_every",
         "monitor.keep_last_k",
