@@ -187,6 +187,19 @@ def plot_saturation(table: pd.DataFrame) -> Figure:
     )  # fmt: skip
 
 
+def plot_router_gradients(table: pd.DataFrame) -> Figure:
+    """Whether two halves of a text ask the same change of a router, loss by loss."""
+    names = {"lm": "language model", "lb": "balance", "z": "z"}
+    long = pd.concat(
+        [table.assign(loss=name, cosine=table[f"agreement_{key}"]) for key, name in names.items()]
+    )
+    return lines(
+        long, x="step", y="cosine", series="loss", panels=("run", "layer"),
+        x_label="training step", label="cosine between two halves of a text",
+        title="Does a loss know what it wants of the router?",
+    )  # fmt: skip
+
+
 def plot_training(table: pd.DataFrame) -> Figure | None:
     """Evaluation losses of the runs, all and per domain."""
     names = {"eval/lm_loss": "all"} | {f"eval/lm_loss_{d}": d for d in ("code", "math", "prose")}

@@ -97,6 +97,11 @@ FIGURES: dict[str, FigureOf] = {
         "saturation", subjects.plot_saturation,
         "Share of the last checkpoint's assignments that earlier checkpoints had already.",
     ),
+    "router_gradients": FigureOf(
+        "router_gradients", subjects.plot_router_gradients,
+        "Cosine between the gradients of each loss at a router's weight on two halves of a text: "
+        "1 where both ask for the same change, 0 where for unrelated ones.",
+    ),
     "training": FigureOf(
         "training", subjects.plot_training, "Evaluation loss over training, per domain."
     ),

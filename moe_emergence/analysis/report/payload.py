@@ -149,6 +149,10 @@ CURVES = {
     "saturation": Curve(
         "Router saturation", "saturation", "share", "share of final assignments", ("run", "layer")
     ),
+    "agreement": Curve(
+        "Agreement of the router's gradients", "router_gradients", "agreement_lm",
+        "cosine between two halves of a text", ("run", "layer"),
+    ),
 }  # fmt: skip
 
 
