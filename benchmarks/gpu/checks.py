@@ -64,7 +64,8 @@ def kept_output(command: list[str], log: str, setting: Setting) -> Fields:
         file.seek(before)
         lines = file.read().splitlines()
     return {
-        "command": " ".join(command[1:])[:200],
+        # where a machine keeps its files is nobody's business
+        "command": " ".join(command[1:]).replace(str(setting.out), Path(setting.out).name)[:200],
         "exit": code,
         "seconds": round(time.time() - started, 1),
         "last_lines": lines[-25:],
