@@ -19,6 +19,7 @@ from moe_emergence.analysis.routers import RouterInfo, find_routers
 from moe_emergence.config import DOMAINS
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.lower_layers import lower_states, lower_states_given
+from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.routing import TopKRouter
 
@@ -61,7 +62,7 @@ class Ablation:
             for part in rows.split(batch_size):
                 ids, states = part.long().to(device), None
                 if isinstance(model, MixtureModel) and self.routers[0].layer and room > 0:
-                    with _evaluating(model):
+                    with evaluating(model):
                         states = lower_states(model, self.routers[0].layer, ids).cpu()
                     room -= states.nbytes
                 self._parts.append((domain, ids, states))
@@ -72,7 +73,7 @@ class Ablation:
     def without(self, removed: Mapping[RouterInfo, Collection[int]]) -> dict[str, Floats]:
         """Per domain (R,) losses without the experts that are named for each router."""
         losses: dict[str, list[Floats]] = {}
-        with _evaluating(self.model), without_experts(removed):
+        with evaluating(self.model), without_experts(removed):
             for domain, ids, states in self._parts:
                 with self._above(None if states is None else states.to(ids.device)):
                     losses.setdefault(domain, []).append(_row_losses(self.model, ids))
@@ -95,16 +96,6 @@ def _row_losses(model: nn.Module, ids_RL: Tensor) -> Floats:
     each = functional.cross_entropy(flat, ids_RL[:, 1:].reshape(-1), reduction="none")
     found: Floats = each.view(len(ids_RL), -1).double().mean(dim=1).cpu().numpy()
     return found
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def how_removed(router: RouterInfo, experts: int = 1) -> How:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_emergence.models import MixtureModel
+from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import TopKRouter
 
 LOSSES = ("lm", "lb", "z")
@@ -36,12 +37,8 @@ def router_gradients(model: nn.Module, blocks_RL: Tensor) -> list[dict[str, Any]
     }
     if not routers:
         return []
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         halves = [_gradients(model, list(routers.values()), half) for half in blocks_RL.chunk(2)]
-    finally:
-        model.train(was_training)
     rows = []
     for place, index in enumerate(routers):
         first, second = ({loss: half[loss][place] for loss in LOSSES} for half in halves)

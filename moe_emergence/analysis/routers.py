@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import RouterDecision
 
 
@@ -92,19 +93,17 @@ class RouterReader:
     @contextmanager
     def reading(self) -> Iterator["RouterReader"]:
         """Hooks are in place within the block; the model is in evaluation mode there."""
-        was_training = self.model.training
-        self.model.eval()
         handles = [
             router.module.register_forward_hook(partial(self._hook, router))
             for router in self.routers
         ]
         try:
-            yield self
+            with evaluating(self.model):
+                yield self
         finally:
             for handle in handles:
                 handle.remove()
             self._seen.clear()
-            self.model.train(was_training)
 
     @torch.no_grad()
     def read(self, token_ids: Tensor) -> list[LayerRouting]:

@@ -15,6 +15,7 @@ import torch
 
 from moe_emergence.config import DOMAINS
 from moe_emergence.models import MixtureModel
+from moe_emergence.models.mode import evaluating
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import disk_error
 
@@ -54,14 +55,13 @@ def record_routing(
         max_blocks: per domain, from the first; 0 for all.
         batch_size: blocks in one forward pass.
     """
-    was_training = model.training
-    model.eval()
     device = next(model.parameters()).device
     kept = [blocks[domain][: max_blocks or None] for domain in DOMAINS]
     token_ids = torch.cat(kept)
     domains = np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(part) for part in kept])
     experts, probs = [], []
-    with progress_bar("routing of the evaluation blocks", len(token_ids)) as advance:
+    title = "routing of the evaluation blocks"
+    with evaluating(model), progress_bar(title, len(token_ids)) as advance:
         for batch in token_ids.split(batch_size):
             decisions = model(input_ids=batch.long().to(device), use_cache=False).router_decisions
             chosen = torch.stack([d.topk_experts for d in decisions])
@@ -70,7 +70,6 @@ def record_routing(
             experts.append(chosen.reshape(shape).short().cpu().numpy())
             probs.append(top.reshape(shape).half().cpu().numpy())
             advance(len(batch))
-    model.train(was_training)
     return RoutingRecord(
         token_ids.int().cpu().numpy(),
         domains,

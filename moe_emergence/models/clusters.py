@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe_emergence.models.mixture import MixtureModel
+from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import TopKRouter
 
 Floats = npt.NDArray[np.floating[Any]]
@@ -128,13 +129,11 @@ def _router_inputs(
         return lambda module, inputs: found[index].append(inputs[0].float().cpu())
 
     hooks = [router.register_forward_pre_hook(keeper(i)) for i, router in routers.items()]
-    was_training = model.training
-    model.eval()
     try:
-        for input_ids in batches:
-            model(input_ids=input_ids.long().to(model.device))
+        with evaluating(model):
+            for input_ids in batches:
+                model(input_ids=input_ids.long().to(model.device))
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return {index: torch.cat(parts).numpy() for index, parts in found.items()}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moe_emergence.config import DOMAINS
+from moe_emergence.models.mode import evaluating
 from moe_emergence.training.step import forward
 
 ROWS = 8
@@ -52,10 +53,8 @@ class ChurnProbe:
         """
         if not self.layers:
             return {}
-        was_training = model.training
-        model.eval()
-        before, self.experts_NT = self.experts_NT, _first_experts(model, self.rows, device)
-        model.train(was_training)
+        with evaluating(model):
+            before, self.experts_NT = self.experts_NT, _first_experts(model, self.rows, device)
         since, self.step = self.step, step
         if before is None:
             return {}

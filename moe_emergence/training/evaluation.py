@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moe_emergence.config import DOMAINS
 from moe_emergence.data.loader import eval_batches
+from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import router_z_loss
 from moe_emergence.training.step import forward
 
@@ -57,16 +58,20 @@ def evaluate(
         max_blocks: rows per domain, 0 for all.
         moe_layers: indices of the mixture layers, in order; with `num_experts` E each.
     """
-    was_training = model.training
-    model.eval()
     limit = max_blocks or None
-    per_domain = [
-        _domain_sums(
-            accelerator, model, i, blocks[domain][:limit], batch_size, len(moe_layers), num_experts
-        )
-        for i, domain in enumerate(DOMAINS)
-    ]
-    model.train(was_training)
+    with evaluating(model):
+        per_domain = [
+            _domain_sums(
+                accelerator,
+                model,
+                i,
+                blocks[domain][:limit],
+                batch_size,
+                len(moe_layers),
+                num_experts,
+            )
+            for i, domain in enumerate(DOMAINS)
+        ]
     sums_DX = torch.stack(per_domain)
     if accelerator.num_processes > 1:
         sums_DX = accelerator.reduce(sums_DX, "sum")

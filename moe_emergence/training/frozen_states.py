@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from moe_emergence.errors import RunError
 from moe_emergence.models.families import FAMILIES
 from moe_emergence.models.lower_layers import lower_modules, lower_states
+from moe_emergence.models.mode import evaluating
 from moe_emergence.run_folder import disk_error
 
 logger = logging.getLogger(__name__)
@@ -65,12 +66,8 @@ class FrozenStates:
         path = self.folder / f"{blake2b(tokens, digest_size=16).hexdigest()}.npy"
         if path.exists():
             return _read(path)
-        was_training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             states_LH = lower_states(self.model, self.first, row_L[None])[0].float().cpu()
-        finally:
-            self.model.train(was_training)
         _write(path, states_LH)
         return states_LH
 
