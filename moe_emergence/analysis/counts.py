@@ -112,10 +112,10 @@ class LayerCounts:
         self.entropy_sum += float(torch.special.entr(probs).sum())
         self.top_sum += float(probs.max(dim=1).values.sum())
         self.probs_sum += probs.double().sum(dim=0).cpu().numpy()
-        self._add_nulls(batch, routing.hidden_TH.float())
+        self._add_nulls(batch, routing)
 
-    def _add_nulls(self, batch: Batch, hidden_TH: Tensor) -> None:
-        e = self.num_experts
+    def _add_nulls(self, batch: Batch, routing: LayerRouting) -> None:
+        e, hidden_TH, pools = self.num_experts, routing.hidden_TH.float(), routing.pools
         at_a_time = max(1, NULL_LOGITS // (len(hidden_TH) * e))
         first = 0
         for weights_NEH in self.null_weights_NEH.split(at_a_time):
@@ -125,6 +125,13 @@ class LayerCounts:
             logits_TNE = (hidden_TH @ weights_NEH.flatten(0, 1).to(hidden_TH).T).unflatten(
                 1, (n, e)
             )
+            if pools is not None:
+                ids = torch.as_tensor(batch.token_ids).to(hidden_TH.device)
+                limited = [
+                    pools.limit(routing.scale * logits_TE, ids, None)
+                    for logits_TE in logits_TNE.unbind(1)
+                ]
+                logits_TNE = torch.stack(limited, dim=1)
             chosen_TNK = logits_TNE.topk(self.top_k, dim=2).indices.cpu().numpy()
             router_N = np.arange(n)
             cells = router_N[:, None] * e + chosen_TNK

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_emergence.models.mode import evaluating
-from moe_emergence.moe import RouterDecision
+from moe_emergence.moe import RouterDecision, TopKRouter
+from moe_emergence.moe.pools import DocumentPools
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,10 @@ class LayerRouting:
     """(T, K) int64, most probable first."""
     hidden_TH: Tensor
     """(T, H) what the router read."""
+    pools: DocumentPools | None = None
+    """What its choice was limited to."""
+    scale: float = 1.0
+    """Root mean square of its weight, where there are pools."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +135,17 @@ class RouterReader:
         chosen = probs.gather(1, experts)
         order = chosen.argsort(dim=1, descending=True, stable=True)
         hidden = inputs[0].detach()
+        pools, scale = module.pools if isinstance(module, TopKRouter) else None, 1.0
+        if pools is not None:
+            assert isinstance(module, TopKRouter)
+            scale = float(module.weight.detach().float().square().mean().sqrt())
         self._seen[router.layer] = LayerRouting(
             router.layer,
             probs.detach().float(),
             experts.gather(1, order),
             hidden.reshape(-1, hidden.shape[-1]),
+            pools,
+            scale,
         )
 
 

@@ -44,6 +44,11 @@ class ModelConfig:
     top1_weight: Literal["straight-through", "probability"] = "straight-through"
     """Weight of a top-1 expert's output: 1 with the gradient of the chosen probability, or that
     probability itself (arXiv 2101.03961)."""
+    pool_size: int = 0
+    """Experts that the tokens of a document choose among: those with the highest sums of
+    probabilities over what has been read of it (arXiv 2605.06663, made causal). In training the
+    size of every document's pool is drawn, from this to --num-experts, and generation goes without
+    a cache. 0 leaves the choice among all experts."""
     expert_bias_rate: float = 0.0
     """Step of the loss-free balancing bias, used for selection only (arXiv 2408.15664); 0 turns it
     off."""
@@ -91,6 +96,14 @@ class ModelConfig:
             "--router-init",
             self.router_init,
             "a hash router has no weights; give random or another --router",
+        )
+        check(
+            self.pool_size == 0
+            or (self.top_k <= self.pool_size <= self.num_experts and self.router != "hash"),
+            "--pool-size",
+            self.pool_size,
+            f"give 0, or for no hash router a number from --top-k ({self.top_k}) to --num-experts "
+            f"({self.num_experts})",
         )
         check(self.frozen_layers >= 0, "--frozen-layers", self.frozen_layers, "give 0 or more")
         check(

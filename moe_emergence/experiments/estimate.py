@@ -199,6 +199,7 @@ def _random_model(config: RunConfig) -> LanguageModel:
         router=model.router,
         top1_weight=model.top1_weight,
         use_expert_bias=model.expert_bias_rate > 0,
+        pool_size=model.pool_size,
     )
 
 

@@ -3,15 +3,13 @@
 Letters: B sequences, L tokens each, H model width.
 """
 
-import dataclasses
-
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention
 
 from moe_emergence.models.configuration import MoEGPT2Config
-from moe_emergence.models.mixture import mixture_layer
+from moe_emergence.models.mixture import mixture_layer, run_mixture
 from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise
 
 
@@ -28,6 +26,7 @@ class MoEGPT2Block(GradientCheckpointingLayer):
         self.mlp: GPT2MLP | MoELayer
         # what wraps a layer later is no instance of its class
         self.is_moe = layer_idx in config.moe_layers
+        self.pool_size = config.pool_size
         if self.is_moe:
             self.mlp = mixture_layer(config, width, inner, "gelu_tanh", layer_idx)
             self.dropout = nn.Dropout(config.resid_pdrop)
@@ -53,6 +52,6 @@ class MoEGPT2Block(GradientCheckpointingLayer):
         hidden_states = hidden_states + attended
         if not self.is_moe:
             return hidden_states + self.mlp(self.ln_2(hidden_states)), None
-        noise = router_noise and dataclasses.replace(router_noise, layer=self.layer_idx)
-        mixed, decision = self.mlp(self.ln_2(hidden_states), noise, token_ids)
+        normed = self.ln_2(hidden_states)
+        mixed, decision = run_mixture(self, normed, router_noise, token_ids, cache)
         return hidden_states + self.dropout(mixed), decision

@@ -5,6 +5,7 @@ from typing import get_args
 
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from moe_emergence.moe.pools import check_pool_size
 from moe_emergence.moe.routing import RouterKind, Top1Weight
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -25,6 +26,8 @@ class MixtureConfig:
         top1_weight: "straight-through" or "probability", see `moe_emergence.moe.routing`.
         use_expert_bias: routers carry a selection-only bias.
         expert_bias_rate: how far it moves at every training pass, see `TopKRouter`.
+        pool_size: experts that a document's tokens choose among, see `DocumentPools`; documents end
+            at `eos_token_id`. 0 for all experts.
         lb_coef, z_coef: weights of the balance and z losses in the output's `loss`.
 
     The dispatcher is no part of it: it changes how fast the model runs, not what it computes.
@@ -45,6 +48,7 @@ class MixtureConfig:
     top1_weight: Top1Weight = "straight-through"
     use_expert_bias: bool = False
     expert_bias_rate: float = 0.001
+    pool_size: int = 0
     lb_coef: float = 0.01
     z_coef: float = 0.001
 
@@ -73,6 +77,10 @@ class MixtureConfig:
                 f"num_experts_per_tok {self.num_experts_per_tok}: give a number from 1 to "
                 f"num_experts ({self.num_experts})"
             )
+        if self.pool_size:
+            check_pool_size(self.pool_size, self.num_experts_per_tok, self.num_experts, self.router)
+            # there is nothing yet to keep the read part of a document in
+            self.use_cache = False
 
     def check_mlp(self) -> None:
         """Refuse an MLP that experts cannot be copies of."""

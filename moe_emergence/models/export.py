@@ -104,6 +104,8 @@ def _obstacle(model: Any) -> str | None:
         return "attention_bias: Mixtral's and Qwen3-MoE's attention has none"
     if config.router == "hash":
         return "a hash router has no counterpart in transformers"
+    if config.pool_size:
+        return "pool_size: their routers choose among all experts"
     if config.use_expert_bias:
         return "use_expert_bias: their routers have no balancing bias"
     if config.num_experts_per_tok == 1 and config.top1_weight == "probability":

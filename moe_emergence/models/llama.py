@@ -6,7 +6,6 @@ converted layer has `mlp.router` and `mlp.experts` in place of the projections. 
 sequences, L tokens each, H model width, V vocabulary.
 """
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ from moe_emergence.models.configuration import (
     MoEQwen2Config,
     MoEQwen3Config,
 )
-from moe_emergence.models.mixture import MixtureHead, MixtureModel, mixture_layer
+from moe_emergence.models.mixture import MixtureHead, MixtureModel, mixture_layer, run_mixture
 from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.moe import MoELayer, RouterNoise
 
@@ -53,6 +52,7 @@ class MixtureLayer(_OfFamily):
         super().__init__(config, layer_idx)
         self.layer_idx = layer_idx
         self.is_moe = layer_idx in config.moe_layers
+        self.pool_size = config.pool_size
         if self.is_moe:
             width, inner = config.hidden_size, config.intermediate_size
             self.mlp = mixture_layer(config, width, inner, "swiglu", layer_idx)
@@ -83,8 +83,7 @@ class MixtureLayer(_OfFamily):
         normed = self.post_attention_layernorm(hidden_states)
         if not self.is_moe:
             return hidden_states + self.mlp(normed)
-        noise = router_noise and replace(router_noise, layer=self.layer_idx)
-        mixed, _ = self.mlp(normed, noise, token_ids)
+        mixed, _ = run_mixture(self, normed, router_noise, token_ids, cache)
         return hidden_states + mixed
 
 

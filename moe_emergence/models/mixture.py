@@ -3,18 +3,21 @@
 Letters: B sequences, L tokens each, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.utils.logging import get_logger
 
 from moe_emergence.models.configuration import MixtureConfig
 from moe_emergence.models.outputs import MoECausalLMOutput
-from moe_emergence.moe import MoELayer, RouterDecision, auxiliary_losses
+from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise, auxiliary_losses
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
+from moe_emergence.moe.pools import pools_of
 from moe_emergence.moe.routing import TopKRouter
 from moe_emergence.moe.tuning import TuningTable
 
@@ -46,8 +49,31 @@ def mixture_layer(
         top1_weight=config.top1_weight,
         use_expert_bias=config.use_expert_bias,
         expert_bias_rate=config.expert_bias_rate,
+        pools=pools_of(config.pool_size, config.eos_token_id),
         layer=index,
     )
+
+
+def run_mixture(
+    block: Any,
+    hidden_states: Tensor,
+    router_noise: RouterNoise | None,
+    token_ids: Tensor | None,
+    cache: Cache | None,
+) -> tuple[Tensor, RouterDecision]:
+    """What a block's mixture makes of hidden states (B, L, H), and its decision.
+
+    Raises:
+        ValueError: for a cache, when the routers need the whole document.
+    """
+    if cache is not None and block.pool_size:
+        raise ValueError(
+            f"pool_size {block.pool_size}: experts depend on the whole document, and a cache does "
+            "not hold it; give use_cache=False"
+        )
+    noise = router_noise and replace(router_noise, layer=block.layer_idx)
+    mixed: tuple[Tensor, RouterDecision] = block.mlp(hidden_states, noise, token_ids)
+    return mixed
 
 
 class MixtureModel(_OfFamily):

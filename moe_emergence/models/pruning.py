@@ -37,6 +37,7 @@ def keep_experts(model: MixtureModel, kept: Mapping[int, Sequence[int]]) -> Any:
             raise ValueError(f"layer {index} has no experts {outside}")
     config = copy.deepcopy(model.config)
     config.num_experts = size
+    config.pool_size = min(config.pool_size, size)
     state = dict(model.state_dict())
     for name, module in model.named_modules():
         for experts in [kept[i] for i, layer in layers.items() if layer is module]:

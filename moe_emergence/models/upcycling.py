@@ -41,6 +41,7 @@ def upcycle(
     top1_weight: Top1Weight = "straight-through",
     use_expert_bias: bool = False,
     expert_bias_rate: float = 0.001,
+    pool_size: int = 0,
     dispatch: str = "auto",
     lb_coef: float = 0.01,
     z_coef: float = 0.001,
@@ -61,10 +62,11 @@ def upcycle(
         noise: relative standard deviation of the noise that breaks the experts' symmetry.
         seed: of that noise and of the router's weights.
         router, top1_weight, use_expert_bias, expert_bias_rate, dispatch: see `MoELayer`.
+        pool_size: experts that a document's tokens choose among, see `MixtureConfig`.
         lb_coef, z_coef: weights of the auxiliary losses in the output's `loss`.
 
     Raises:
-        ValueError: for layers outside the model, a bad top_k, or any other model.
+        ValueError: for layers outside the model, a bad top_k or pool_size, or any other model.
     """
     family, dense = family_of(dense_model), dense_model.config
     inherited = {k: v for k, v in dense.to_dict().items() if k not in _OWN_KEYS}
@@ -80,6 +82,7 @@ def upcycle(
         top1_weight=top1_weight,
         use_expert_bias=use_expert_bias,
         expert_bias_rate=expert_bias_rate,
+        pool_size=pool_size,
         lb_coef=lb_coef,
         z_coef=z_coef,
     )
@@ -87,6 +90,8 @@ def upcycle(
     torch.nn.Module.to(model, dense_model.device, dense_model.dtype)
     _take_after(model, dense_model, family)
     model.generation_config = copy.deepcopy(dense_model.generation_config)
+    if pool_size:
+        model.generation_config.use_cache = False
     state = dense_model.state_dict()
     missing, unexpected = model.load_state_dict(state, strict=False)
     names = [name for sources in family.sources.values() for name in sources]

@@ -8,6 +8,7 @@ from emergence_kernels.activations import Activation
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.noise import RouterNoise
+from moe_emergence.moe.pools import DocumentPools
 from moe_emergence.moe.routing import (
     HashRouter,
     RouterDecision,
@@ -30,6 +31,7 @@ class MoELayer(nn.Module):
         top1_weight: weight of a top-1 expert's output, see `TopKRouter`.
         use_expert_bias, expert_bias_rate: give the router a selection-only bias for loss-free
             balancing, and how far it moves by itself at every training pass.
+        pools: let the tokens of a document choose among few experts; not of a hash router.
         dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
             any time and is not part of the state dict.
         layer: index in the model, so that the null models differ between layers.
@@ -47,6 +49,7 @@ class MoELayer(nn.Module):
         top1_weight: Top1Weight = "straight-through",
         use_expert_bias: bool = False,
         expert_bias_rate: float = 0.0,
+        pools: DocumentPools | None = None,
         dispatch: str = "auto",
         layer: int = 0,
     ) -> None:
@@ -65,6 +68,7 @@ class MoELayer(nn.Module):
                 use_expert_bias=use_expert_bias,
                 expert_bias_rate=expert_bias_rate,
                 top1_weight=top1_weight,
+                pools=pools,
             )
         self.experts = Experts(num_experts, hidden_size, expert_size, activation)
         self.dispatcher = get_dispatcher(dispatch)
@@ -74,10 +78,9 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, RouterDecision]:
         """Output of the shape of `x` (..., H), and the decision over its T flattened tokens.
 
-        `token_ids` (...,) is needed by the hash router only.
+        `token_ids` (...,) is needed by the hash router and by pools only.
         """
         x_TH = x.reshape(-1, x.shape[-1])
-        token_ids_T = None if token_ids is None else token_ids.reshape(-1)
-        decision = self.router(x_TH, noise, token_ids_T)
+        decision = self.router(x_TH, noise, token_ids)
         y_TH = self.experts(x_TH, decision, self.dispatcher)
         return y_TH.view(x.shape), decision

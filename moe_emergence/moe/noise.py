@@ -44,23 +44,38 @@ def gaussian_noise(
 
     Every deviate is the Box-Muller transform of two 32-bit hashes of its counter.
     """
-    key: int | Tensor = 0x9E3779B9
-    for part in (noise.seed, noise.step, noise.layer):
-        key = hash32(key ^ (part & _MASK))
-        if isinstance(part, int) and part >> 32:
-            key = hash32(key ^ (part >> 32 & _MASK))
-    run = noise.run or max(num_tokens, 1)
-    starts = noise.first_token + torch.arange(-(-num_tokens // run), device=device) * noise.stride
-    places = starts.unsqueeze(1) + torch.arange(run, device=device)
-    places_T1 = places.view(-1, 1)[:num_tokens]
+    places_T1 = _places(noise, num_tokens, device).unsqueeze(1)
     counter = (places_T1 * num_experts + torch.arange(num_experts, device=device)).flatten()
-    low, high = counter & _MASK, counter >> 32
-    mixed = hash32(low ^ key) ^ high
+    mixed = _mixed(noise, counter)
     radius_bits, angle_bits = hash32(mixed ^ 0x85EBCA6B), hash32(mixed ^ 0xC2B2AE35)
     radius = torch.sqrt(-2.0 * torch.log((radius_bits.double() + 0.5) / 2**32))
     angle = 2.0 * math.pi * angle_bits.double() / 2**32
     deviates = radius * torch.cos(angle) * noise.std
     return deviates.float().view(num_tokens, num_experts)
+
+
+def uniform_draws(noise: RouterNoise, num_tokens: int, device: torch.device) -> Tensor:
+    """(num_tokens,) fp64 in [0, 1), independent of the deviates; `noise.std` does not matter."""
+    bits = hash32(_mixed(noise, _places(noise, num_tokens, device)) ^ 0x27D4EB2F)
+    return bits.double() / 2**32
+
+
+def _places(noise: RouterNoise, num_tokens: int, device: torch.device) -> Tensor:
+    """(num_tokens,) place of every token among those of the step."""
+    run = noise.run or max(num_tokens, 1)
+    starts = noise.first_token + torch.arange(-(-num_tokens // run), device=device) * noise.stride
+    return (starts.unsqueeze(1) + torch.arange(run, device=device)).view(-1)[:num_tokens]
+
+
+def _mixed(noise: RouterNoise, counter: Tensor) -> Tensor:
+    """Of every counter a hash, keyed by seed, step and layer."""
+    key: int | Tensor = 0x9E3779B9
+    for part in (noise.seed, noise.step, noise.layer):
+        key = hash32(key ^ (part & _MASK))
+        if isinstance(part, int) and part >> 32:
+            key = hash32(key ^ (part >> 32 & _MASK))
+    low, high = counter & _MASK, counter >> 32
+    return hash32(low ^ key) ^ high
 
 
 @overload

@@ -14,6 +14,7 @@ from torch.utils._pytree import register_dataclass
 
 from emergence_kernels import route
 from moe_emergence.moe.noise import RouterNoise, gaussian_noise, hash32
+from moe_emergence.moe.pools import DocumentPools
 
 RouterKind = Literal["learned", "frozen", "hash"]
 Top1Weight = Literal["straight-through", "probability"]
@@ -86,6 +87,8 @@ class TopKRouter(nn.Module):
     never the weights (loss-free balancing, arXiv 2408.15664). With an `expert_bias_rate` the router
     moves it itself: at every training pass, by the assignments of the one before, over all
     processes. A trainer that counts whole steps sets the rate to 0 and calls `update_expert_bias`.
+    With `pools` every token chooses among its document's experts, and probabilities and losses are
+    of these.
 
     Raises:
         ValueError: if top_k is not in [1, num_experts].
@@ -104,11 +107,13 @@ class TopKRouter(nn.Module):
         use_expert_bias: bool = False,
         expert_bias_rate: float = 0.0,
         top1_weight: Top1Weight = "straight-through",
+        pools: DocumentPools | None = None,
     ) -> None:
         super().__init__()
         check_top_k(top_k, num_experts)
         self.weigh_by_probability = top_k == 1 and top1_weight == "probability"
         self.top_k = top_k
+        self.pools = pools
         self.frozen = frozen
         weight_EH = torch.empty(num_experts, hidden_size)
         if frozen:
@@ -124,9 +129,12 @@ class TopKRouter(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(
-        self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids_T: Tensor | None = None
+        self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids: Tensor | None = None
     ) -> RouterDecision:
-        """Choose K experts for every row of `x_TH` (T, H); `token_ids_T` is not used."""
+        """Choose K experts for every row of `x_TH` (T, H).
+
+        `token_ids` (..., L), T in all, is needed for pools only.
+        """
         x_TH = x_TH.detach() if self.frozen else x_TH
         moves_bias = self._moves_bias()
         if moves_bias and self._counts_E is not None:
@@ -134,6 +142,11 @@ class TopKRouter(nn.Module):
         with torch.autocast(x_TH.device.type, enabled=False):
             wide = torch.promote_types(x_TH.dtype, torch.float32)
             logits_TE = functional.linear(x_TH.to(wide), self.weight.to(wide))
+            if self.pools is not None:
+                if token_ids is None:
+                    raise ValueError("pool_size: pass input_ids, not inputs_embeds")
+                drawn = noise if self.training else None
+                logits_TE = self.pools.limit(logits_TE, token_ids, drawn)
             deviates_TE = None
             if self.training and noise is not None and noise.is_on:
                 deviates_TE = gaussian_noise(
@@ -206,14 +219,14 @@ class HashRouter(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids_T: Tensor | None = None
+        self, x_TH: Tensor, noise: RouterNoise | None = None, token_ids: Tensor | None = None
     ) -> RouterDecision:
-        """Choose K experts for every row of `x_TH` (T, H) from `token_ids_T` (T,)."""
-        if token_ids_T is None:
+        """Choose K experts for every row of `x_TH` (T, H) from `token_ids`, T in all."""
+        if token_ids is None:
             raise ValueError("the hash router needs token_ids: pass input_ids, not inputs_embeds")
         # the layer keys the hash, so that no two layers share a routing
         key = hash32(0x9E3779B9 ^ self.layer)
-        hashed_T = hash32((token_ids_T.long() ^ key) & 0xFFFFFFFF) >> 8
+        hashed_T = hash32((token_ids.reshape(-1).long() ^ key) & 0xFFFFFFFF) >> 8
         slots_K = torch.arange(self.top_k, device=x_TH.device)
         experts_TK = (hashed_T[:, None] + slots_K) % self.num_experts
         wide = torch.promote_types(x_TH.dtype, torch.float32)

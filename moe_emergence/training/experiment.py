@@ -182,6 +182,7 @@ def _upcycled(
             top1_weight=model.top1_weight,
             use_expert_bias=model.expert_bias_rate > 0,
             expert_bias_rate=model.expert_bias_rate,
+            pool_size=model.pool_size,
             lb_coef=optim.lb_coef,
             z_coef=optim.z_coef,
         )
