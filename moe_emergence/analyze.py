@@ -21,6 +21,7 @@ from moe_emergence.analysis.information_table import Resampling, information_tab
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
 from moe_emergence.analysis.module_sets import Naming
 from moe_emergence.analysis.modules import halves, module_tables, name_on
+from moe_emergence.analysis.regret import regret_table
 from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.retention import best_experts, retention_table
 from moe_emergence.analysis.routers import RouterReader
@@ -213,6 +214,11 @@ def modules_of(
     found["retention"] = retention_table(
         source.model, naming, second, top_k, batch_size=config.batch_size, seed=config.seed
     )
+    num_experts = naming.load.shape[1]
+    if num_experts > top_k:
+        found["regret"] = regret_table(
+            source.model, second, num_experts, top_k, batch_size=config.batch_size, seed=config.seed
+        )
     for domain in config.keep_experts:
         write_kept(source, reader, naming, domain, config.keep, folder / f"kept-{domain}")
     return found

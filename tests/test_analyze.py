@@ -81,7 +81,7 @@ def test_every_table_is_there_in_both_forms(analysed: Path) -> None:
     assert names == {path.stem for path in (analysed / "tables").glob("*.csv")}
     expected = {figure.table for figure in FIGURES.values()} | {"vocabulary", "trajectory"}
     # one layer, one expert per token; no test was asked for
-    assert names == expected - {"coactivation", "module_damage", "retention"}
+    assert names == expected - {"coactivation", "module_damage", "retention", "regret"}
     for path in (analysed / "tables").glob("*.parquet"):
         table = pd.read_parquet(path)
         assert table.columns[0] == "run"
@@ -133,6 +133,7 @@ def test_a_hugging_face_mixture_in_a_folder(
     page = write_report(tmp_path / "out").read_text(encoding="utf-8")
     assert page.count("no module. Without experts 0: ") == 6
     assert page.count("with its best experts of each layer alone: 2 cost it ") == 3
+    assert page.count("nats better than a draw") == 6  # two layers, three domains
     load = pd.read_parquet(tmp_path / "out/tables/expert_load.parquet")
     assert set(load["layer"]) == {0, 1}
     assert set(load["slot"]) == {-1, 0, 1}

@@ -73,11 +73,26 @@ class Ablation:
     def without(self, removed: Mapping[RouterInfo, Collection[int]]) -> dict[str, Floats]:
         """Per domain (R,) losses without the experts that are named for each router."""
         losses: dict[str, list[Floats]] = {}
-        with evaluating(self.model), without_experts(removed):
+        with without_experts(removed):
+            for domain, ids_RL in self.parts():
+                losses.setdefault(domain, []).append(_row_losses(self.model, ids_RL))
+        return {domain: np.concatenate(found) for domain, found in losses.items()}
+
+    @property
+    def num_parts(self) -> int:
+        """Batches in `parts`."""
+        return len(self._parts)
+
+    def parts(self) -> Iterator[tuple[str, Tensor]]:
+        """Domain and token ids (R, L) of every batch.
+
+        While it is the current one the model is in evaluation mode, and the layers below its first
+        mixture layer do not run.
+        """
+        with evaluating(self.model):
             for domain, ids, states in self._parts:
                 with self._above(None if states is None else states.to(ids.device)):
-                    losses.setdefault(domain, []).append(_row_losses(self.model, ids))
-        return {domain: np.concatenate(found) for domain, found in losses.items()}
+                    yield domain, ids
 
     def _above(self, states: Tensor | None) -> AbstractContextManager[None]:
         if states is None:

@@ -86,6 +86,11 @@ FIGURES: dict[str, FigureOf] = {
         "retention", subjects.plot_retention,
         "What every domain loses when only a domain's best experts are kept, or random ones.",
     ),
+    "regret": FigureOf(
+        "regret", subjects.plot_regret,
+        "How far below that of an expert drawn evenly a token's loss is with its router's expert "
+        "(95% interval over tokens), and how far it would be with the best one.",
+    ),
     "similarity": FigureOf(
         "similarity", subjects.plot_similarity,
         "Cosine between experts: of their weights, of what training added, of their outputs.",

@@ -42,7 +42,8 @@ class RunFinding:
     layers: tuple[LayerFinding, ...]
     collapse: str
     modules: tuple[str, ...]
-    """What the module test says, a sentence for each text and domain, and what few experts keep."""
+    """What the module test says, a sentence for each text and domain, what few experts keep, and
+    what the routers' choices are worth."""
 
 
 def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) -> list[RunFinding]:
@@ -56,6 +57,7 @@ def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) ->
             (
                 *map(_module, _of(tables, "modules", run).to_dict("records")),
                 *_retention(_of(tables, "retention", run)),
+                *map(_regret, _of(tables, "regret", run).to_dict("records")),
             ),
         )
         for run in runs
@@ -98,6 +100,15 @@ def _module(row: Mapping[str, Any]) -> str:
         f"{row['damage']:.3f} nats per token ({row['damage_low']:.3f} to {row['damage_high']:.3f}; "
         f"{int(row['sets'])} random sets {row['random_mean']:.3f}, 95% below "
         f"{row['random_95']:.3f}), the other domains {row['off_target']:.3f}"
+    )
+
+
+def _regret(row: Mapping[str, Any]) -> str:
+    return (
+        f"layer {int(row['layer'])}, {row['domain']}: the router's choice is "
+        f"{row['gain']:+.4f} nats better than a draw ({row['gain_low']:+.4f} to "
+        f"{row['gain_high']:+.4f}), the best expert would be {row['random_regret']:+.4f}; it "
+        f"chooses that one {row['best']:.0%} of the time, by chance {1 / row['options']:.0%}"
     )
 
 
