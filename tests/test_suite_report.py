@@ -224,17 +224,21 @@ def test_specialists_exceed_the_null_models_and_random_routers_do_not(records: R
         )
 
 
-def test_two_experts_per_token_have_no_null_model_with_one(tmp_path: Path) -> None:
-    top2 = VariantPlan(
-        "top2", "frozen", model={"top_k": 2},
-        experts=lambda domains, length, seed: random_experts(domains, length, seed, top_k=2),
+@pytest.mark.parametrize(("setting", "other"), [("top_k", 1), ("pool_size", 0)])
+def test_a_null_model_of_another_shape_is_none(setting: str, other: int, tmp_path: Path) -> None:
+    """With one expert per token for a variant with two, or without its document pools."""
+    two = VariantPlan(
+        "two", "frozen", model={setting: 2},
+        experts=lambda domains, length, seed: random_experts(
+            domains, length, seed, top_k=2 if setting == "top_k" else 1
+        ),
     )  # fmt: skip
     frozen = next(plan for plan in PLANS if plan.name == "frozen")
-    folder = write_suite(tmp_path, [replace(frozen, compare_with=None), top2], seeds=(0, 1))
+    folder = write_suite(tmp_path, [replace(frozen, compare_with=None), two], seeds=(0, 1))
     found = collect(read_suite(folder))
     table, _ = specialisation(found, tokenizer_types(found.suite), FEW)
-    assert set(table["top_k"]) == {1, 2}
-    assert one(table, variant="top2", seed=0, layer=2, label="domain")["bits"] < 0.1
+    assert set(table[setting]) == {other, 2}
+    assert one(table, variant="two", seed=0, layer=2, label="domain")["bits"] < 0.1
     assert against_nulls(table).empty
 
 

@@ -144,7 +144,7 @@ def specialisation(
 ) -> tuple[pd.DataFrame, list[str]]:
     """`routing_information` of every mixture run that ended, and what could not be read.
 
-    Columns: variant, seed, router, num_experts, top_k, blocks, and those of the rows.
+    Columns: variant, seed, router, num_experts, top_k, pool_size, blocks, and those of the rows.
     """
     suite = records.suite
     rows: list[dict[str, Any]] = []
@@ -164,6 +164,7 @@ def specialisation(
                 "router": router_of(records, variant, seed),
                 "num_experts": num_experts,
                 "top_k": records.setting(variant, seed, "model.top_k"),
+                "pool_size": records.setting(variant, seed, "model.pool_size") or 0,
             }
             try:
                 routing = read_routing(path) if path.exists() else None
@@ -192,13 +193,14 @@ def router_of(records: Records, variant: str, seed: int) -> str:
 def against_nulls(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
     """Bits of every variant with a learned router less those of each null model, paired by seed.
 
-    A null model counts for a variant only with as many experts, as many of them per token, and a
-    mixture in the same layer. p-values are adjusted by Holm over all rows of the same label.
+    A null model counts for a variant only with as many experts, as many of them per token and in a
+    document's pool, and a mixture in the same layer. p-values are adjusted by Holm over all rows of
+    the same label.
     """
     if table.empty:
         return pd.DataFrame()
     rows = []
-    shape = ["num_experts", "top_k", "layer", "label"]
+    shape = ["num_experts", "top_k", "pool_size", "layer", "label"]
     learned = table[~table["router"].isin(NULL_ROUTERS)]
     nulls = table[table["router"].isin(NULL_ROUTERS)]
     for (variant, *key), runs in learned.groupby(["variant", *shape], sort=False):
@@ -211,8 +213,8 @@ def against_nulls(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
                     {
                         "variant": variant,
                         "null": null,
-                        "layer": key[2],
-                        "label": key[3],
+                        "layer": key[3],
+                        "label": key[4],
                         "bits": pairs["bits"].mean(),
                         "bits_null": pairs["bits_null"].mean(),
                         **asdict(paired_difference(gain)),
