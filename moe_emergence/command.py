@@ -63,7 +63,9 @@ def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
     )
-    logging.getLogger("moe_emergence").setLevel(logging.INFO)
+    # by `python -m` the entry point's own logger has the second name
+    for ours in ("moe_emergence", "__main__"):
+        logging.getLogger(ours).setLevel(logging.INFO)
     # a run has its own progress bar; those of every saved and loaded file would bury it
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +34,7 @@ from moe_emergence.training.experiment import run_experiment
 
 pytestmark = pytest.mark.slow
 
+Command = Callable[..., "subprocess.CompletedProcess[str]"]
 FEW = ("--permutations", "39", "--device", "cpu", "--max-tokens", "0")
 
 
@@ -158,6 +161,15 @@ def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_p
             assert losses[on][0] == pytest.approx(loss[domain, 2, on], rel=1e-5)
     with pytest.raises(ValueError, match=r"--keep-experts .* give --test modules too"):
         main([str(run.root), *FEW, "--keep-experts", "code"])
+
+
+def test_the_command_says_what_to_open(run: RunFolder, tmp_path: Path, command: Command) -> None:
+    flags = [*FEW, "--knockout-tokens", "0", "--out", str(tmp_path / "out")]
+    flags += ["--data", str(run_data(run))]
+    done = command("-m", "moe_emergence.analyze", str(run.root), *flags)
+    assert done.returncode == 0, done.stderr
+    assert "open" in done.stderr
+    assert "report.html" in "".join(done.stderr.split())
 
 
 def test_several_runs_are_compared(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def regret_table(
     The last of a token's K experts is exchanged for each of the E - K that it does not have, with
     the same weight and everything else as it was, and the loss of the next token is compared. For
     every layer and domain: tokens, options (O), lm_loss, `regret` over the best option,
-    `random_regret` of an option drawn evenly, `gain` of the choice over such a draw with its 95%
-    interval over blocks, `best`: how often the choice was the best option (by chance 1 / O). Nats.
+    `random_regret` of an option drawn evenly, `gain` of the choice over such a draw with a 95%
+    interval over these tokens, `best`: how often the choice was the best option (by chance 1 / O). Nats.
 
     Args:
         model: any mixture language model whose routers can be read; its mode is restored.

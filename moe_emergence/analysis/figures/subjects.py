@@ -163,8 +163,8 @@ def plot_retention(table: pd.DataFrame) -> Figure:
 def plot_regret(table: pd.DataFrame) -> Figure:
     """What the routers' choices gain over chance."""
     return bars(
-        table.assign(place="layer " + table["layer"].astype(str) + ", " + table["domain"]),
-        x="place", values={"gain": "router's choice", "random_regret": "best expert"},
+        table.assign(**{"layer, domain": table["layer"].astype(str) + "\n" + table["domain"]}),
+        x="layer, domain", values={"gain": "router's choice", "random_regret": "best expert"},
         low="gain_low", high="gain_high", label="loss below that of an expert drawn (nats)",
         title="What choosing is worth",
     )  # fmt: skip
