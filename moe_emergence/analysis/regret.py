@@ -40,7 +40,8 @@ def regret_table(
     the same weight and everything else as it was, and the loss of the next token is compared. For
     every layer and domain: tokens, options (O), lm_loss, `regret` over the best option,
     `random_regret` of an option drawn evenly, `gain` of the choice over such a draw with a 95%
-    interval over these tokens, `best`: how often the choice was the best option (by chance 1 / O). Nats.
+    interval over these tokens, `best`: how often the choice was the best option (by chance 1 / O).
+    Nats.
 
     Args:
         model: any mixture language model whose routers can be read; its mode is restored.
