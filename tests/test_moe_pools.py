@@ -149,15 +149,36 @@ def test_later_tokens_do_not_move_experts_and_generation_repeats_the_forward_pas
         model(tokens, use_cache=True)
 
 
-def test_padding_on_the_left_changes_nothing() -> None:
-    """GPT-2 pads with its end of text, after which a document begins."""
-    model = make_model(pool_size=2).eval()
+@pytest.mark.parametrize("pad", [END, 9])
+def test_padding_on_the_left_changes_nothing(pad: int) -> None:
+    """GPT-2 pads with its end of text, after which a document begins; others have a token for it."""
+    model = make_model().eval()
+    config = model.config
+    config.pool_size, config.pad_token_id = 2, None if pad == END else pad
+    for layer in model.moe_layers().values():
+        layer.router.pools = config.pools()
     tokens = ids(1, 7)
-    padded = torch.cat([torch.full((1, 3), END), tokens], dim=1)
+    padded = torch.cat([torch.full((1, 3), pad), tokens], dim=1)
     mask = (torch.arange(10) >= 3).long()[None]
     places = (torch.arange(10) - 3).clamp(min=0)[None]
-    logits = model(padded, attention_mask=mask, position_ids=places).logits[:, 3:]
+    logits = model(padded, attention_mask=mask, position_ids=places, use_cache=False).logits[:, 3:]
     torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_documents_end_where_the_text_says_or_at_the_models_own_end() -> None:
+    """A base made for chats ends its turns with another token than its texts."""
+    model = make_model(pool_size=2, document_end=7)
+    for config, ends in (
+        (model.config, (7,)),
+        (make_model(pool_size=2).config, (0,)),
+        (make_mixture("llama", pool_size=2).config, (0,)),
+    ):
+        assert config.pools() == DocumentPools(2, ends)
+    assert model.moe_layers()[1].router.pools == DocumentPools(2, (7,))
+    model.config.eos_token_id, model.config.document_end = [3, 2], None
+    assert model.config.pools() == DocumentPools(2, (2, 3))
+    model.config.pad_token_id = 5
+    assert model.config.pools() == DocumentPools(2, (2, 3, 5))
 
 
 def test_all_experts_in_the_pool_is_no_pool() -> None:

@@ -1,11 +1,11 @@
 """Configurations of models with mixture-of-experts layers."""
 
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from moe_emergence.moe.pools import check_pool_size
+from moe_emergence.moe.pools import DocumentPools, check_pool_size
 from moe_emergence.moe.routing import RouterKind, Top1Weight
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
@@ -26,8 +26,9 @@ class MixtureConfig:
         top1_weight: "straight-through" or "probability", see `moe_emergence.moe.routing`.
         use_expert_bias: routers carry a selection-only bias.
         expert_bias_rate: how far it moves at every training pass, see `TopKRouter`.
-        pool_size: experts that a document's tokens choose among, see `DocumentPools`; documents end
-            at `eos_token_id`. 0 for all experts.
+        pool_size: experts that a document's tokens choose among, see `DocumentPools`. 0 for all.
+        document_end: id of the token that ends a document, None for `eos_token_id`; one begins
+            after `pad_token_id` too.
         lb_coef, z_coef: weights of the balance and z losses in the output's `loss`.
 
     The dispatcher is no part of it: it changes how fast the model runs, not what it computes.
@@ -49,6 +50,7 @@ class MixtureConfig:
     use_expert_bias: bool = False
     expert_bias_rate: float = 0.001
     pool_size: int = 0
+    document_end: int | None = None
     lb_coef: float = 0.01
     z_coef: float = 0.001
 
@@ -81,6 +83,16 @@ class MixtureConfig:
             check_pool_size(self.pool_size, self.num_experts_per_tok, self.num_experts, self.router)
             # there is nothing yet to keep the read part of a document in
             self.use_cache = False
+
+    def pools(self) -> DocumentPools | None:
+        """Of every mixture layer; padding in front of a document is none of it."""
+        if not self.pool_size:
+            return None
+        dense: Any = self
+        ends = dense.eos_token_id if self.document_end is None else self.document_end
+        ids = ends if isinstance(ends, list) else [ends]
+        found = {one for one in (*ids, dense.pad_token_id) if one is not None}
+        return DocumentPools(self.pool_size, tuple(sorted(found)))
 
     def check_mlp(self) -> None:
         """Refuse an MLP that experts cannot be copies of."""

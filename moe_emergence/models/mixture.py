@@ -17,7 +17,6 @@ from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise, auxiliary_losses
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
-from moe_emergence.moe.pools import pools_of
 from moe_emergence.moe.routing import TopKRouter
 from moe_emergence.moe.tuning import TuningTable
 
@@ -49,7 +48,7 @@ def mixture_layer(
         top1_weight=config.top1_weight,
         use_expert_bias=config.use_expert_bias,
         expert_bias_rate=config.expert_bias_rate,
-        pools=pools_of(config.pool_size, config.eos_token_id),
+        pools=config.pools(),
         layer=index,
     )
 

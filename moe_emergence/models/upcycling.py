@@ -42,6 +42,7 @@ def upcycle(
     use_expert_bias: bool = False,
     expert_bias_rate: float = 0.001,
     pool_size: int = 0,
+    document_end: int | None = None,
     dispatch: str = "auto",
     lb_coef: float = 0.01,
     z_coef: float = 0.001,
@@ -63,6 +64,7 @@ def upcycle(
         seed: of that noise and of the router's weights.
         router, top1_weight, use_expert_bias, expert_bias_rate, dispatch: see `MoELayer`.
         pool_size: experts that a document's tokens choose among, see `MixtureConfig`.
+        document_end: id of the token that ends a document; None for the model's `eos_token_id`.
         lb_coef, z_coef: weights of the auxiliary losses in the output's `loss`.
 
     Raises:
@@ -83,6 +85,7 @@ def upcycle(
         use_expert_bias=use_expert_bias,
         expert_bias_rate=expert_bias_rate,
         pool_size=pool_size,
+        document_end=document_end,
         lb_coef=lb_coef,
         z_coef=z_coef,
     )

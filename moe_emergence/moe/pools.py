@@ -71,11 +71,3 @@ def check_pool_size(size: int, top_k: int, num_experts: int, router: str) -> Non
         )
     if router == "hash":
         raise ValueError(f"pool_size {size}: a hash router has no probabilities; give 0")
-
-
-def pools_of(size: int, eos_token_id: int | list[int] | None) -> DocumentPools | None:
-    """The pools that a model's configuration asks for; none of size 0."""
-    if not size:
-        return None
-    ends = [] if eos_token_id is None else eos_token_id
-    return DocumentPools(size, (ends,) if isinstance(ends, int) else tuple(ends))

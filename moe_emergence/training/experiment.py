@@ -183,6 +183,7 @@ def _upcycled(
             use_expert_bias=model.expert_bias_rate > 0,
             expert_bias_rate=model.expert_bias_rate,
             pool_size=model.pool_size,
+            document_end=data.tokenizer.eos_token_id,
             lb_coef=optim.lb_coef,
             z_coef=optim.z_coef,
         )
