@@ -151,7 +151,7 @@ def test_later_tokens_do_not_move_experts_and_generation_repeats_the_forward_pas
 
 @pytest.mark.parametrize("pad", [END, 9])
 def test_padding_on_the_left_changes_nothing(pad: int) -> None:
-    """GPT-2 pads with its end of text, after which a document begins; others have a token for it."""
+    """GPT-2 pads with its end of text, after which a document begins; others with a token."""
     model = make_model().eval()
     config = model.config
     config.pool_size, config.pad_token_id = 2, None if pad == END else pad
