@@ -123,6 +123,17 @@ def test_no_token_leaves_its_pool_and_no_gradient_comes_from_outside(top_k: int)
     assert layer.router.weight.grad.abs().sum() > 0
 
 
+def test_sizes_are_drawn_in_training_only() -> None:
+    torch.manual_seed(0)
+    layer = MoELayer(12, 8, 6, 1, pools=DocumentPools(2, (END,)), dispatch="sequential")
+    x_BLH, ids_BL = torch.randn(8, 9, 12), torch.ones(8, 9, dtype=torch.long)
+    for training, expected in ((True, {2, 3, 4, 5, 6}), (False, {2})):
+        _, decision = layer.train(training)(x_BLH, NOISE, ids_BL)
+        sizes = {len(pool) for pool in pools_in(decision.router_logits)}
+        assert sizes <= expected
+        assert (len(sizes) > 1) is training
+
+
 def models() -> list:
     llama = make_mixture("llama", top_k=2, noise=0.3, pool_size=2)
     return [make_model(pool_size=2), llama]
