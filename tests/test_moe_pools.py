@@ -1,6 +1,7 @@
 """Document pools: what was read of a document decides which experts its tokens choose among."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 import torch
@@ -22,21 +23,31 @@ END = 0
 NOISE = RouterNoise(std=0.5, seed=3, step=9)
 
 
-def by_hand(
-    logits_TE: torch.Tensor, ids_BL: torch.Tensor, size_of: dict[tuple[int, int], int]
-) -> list[set[int]]:
-    """The pool of every token, token by token; the size is that of the document's first token."""
-    probs_BLE = logits_TE.double().softmax(dim=1).view(*ids_BL.shape, -1)
-    pools = []
+def check_by_hand(
+    pools: list[set[int]],
+    logits_TE: torch.Tensor,
+    ids_BL: torch.Tensor,
+    size_of: dict[tuple[int, int], int],
+) -> None:
+    """Every token's pool against exact sums, token by token.
+
+    The size is that of the document's first token. Nobody outside may have more than somebody
+    inside, but for 1e-12 of it: two sums that are equal after rounding have no order.
+    """
+    probs_BLE = logits_TE.double().softmax(dim=1).view(*ids_BL.shape, -1).tolist()
+    length = ids_BL.shape[1]
     for row, tokens in enumerate(ids_BL.tolist()):
-        sums, begin = torch.zeros(logits_TE.shape[1], dtype=torch.float64), 0
-        for place in range(len(tokens)):
+        begin = 0
+        for place in range(length):
             if place and tokens[place - 1] == END:
-                sums, begin = torch.zeros_like(sums), place
-            sums = sums + probs_BLE[row, place]
-            order = sorted(range(len(sums)), key=lambda e: -sums[e].item())
-            pools.append(set(order[: size_of[row, begin]]))
-    return pools
+                begin = place
+            seen = probs_BLE[row][begin : place + 1]
+            sums = [sum(map(Fraction, probs)) for probs in zip(*seen, strict=True)]
+            pool = pools[row * length + place]
+            assert len(pool) == size_of[row, begin]
+            least = min(sums[e] for e in pool)
+            outside = [x for e, x in enumerate(sums) if e not in pool]
+            assert all(x <= least * (1 + Fraction(1, 10**12)) for x in outside)
 
 
 def pools_in(limited_TE: torch.Tensor) -> list[set[int]]:
@@ -52,7 +63,7 @@ def texts(draw) -> tuple[torch.Tensor, torch.Tensor, int]:
     )
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     token_ids = torch.randint(0, 4, (rows, length), generator=generator)
-    logits = draw(st.sampled_from([0.1, 1.0, 10.0])) * torch.randn(
+    logits = draw(st.sampled_from([0.1, 1.0, 10.0, 30.0])) * torch.randn(
         rows * length, experts, generator=generator
     )
     return logits, token_ids, draw(st.integers(1, experts))
@@ -64,14 +75,32 @@ def test_pools_are_those_of_a_loop_over_tokens(text) -> None:
     logits_TE, ids_BL, size = text
     limited_TE = DocumentPools(size, (END,)).limit(logits_TE, ids_BL, None)
     sizes = {(b, i): size for b in range(len(ids_BL)) for i in range(ids_BL.shape[1])}
-    expected = by_hand(logits_TE, ids_BL, sizes)
-    assert pools_in(limited_TE) == expected
-    for limited, logits, pool in zip(limited_TE, logits_TE, expected, strict=True):
+    pools = pools_in(limited_TE)
+    check_by_hand(pools, logits_TE, ids_BL, sizes)
+    for limited, logits, pool in zip(limited_TE, logits_TE, pools, strict=True):
         inside = sorted(pool)
         assert torch.equal(limited[inside], logits[inside])
         probs = torch.zeros_like(limited)
         probs[inside] = logits[inside].softmax(dim=0)
         torch.testing.assert_close(limited.softmax(dim=0), probs, rtol=1e-6, atol=0)
+
+
+@given(texts(), texts())
+@settings(deadline=None, max_examples=60)
+def test_a_document_has_the_pools_it_would_have_alone(text, other) -> None:
+    """Bitwise: also where the sums of all its experts but one are below the rounding of others."""
+    logits_TE, ids_BL, size = text
+    length, experts = ids_BL.shape[1], logits_TE.shape[1]
+    alone_TE = DocumentPools(size).limit(logits_TE[:length], ids_BL[:1] | 1, None)
+    before_TE = other[0][:, torch.arange(experts) % other[0].shape[1]]
+    before_1B = torch.ones(1, len(before_TE), dtype=torch.long)
+    before_1B[0, -1] = END
+    both_TE = DocumentPools(size, (END,)).limit(
+        torch.cat([before_TE, logits_TE[:length]]),
+        torch.cat([before_1B, ids_BL[:1] | 1], dim=1),
+        None,
+    )
+    assert torch.equal(both_TE[len(before_TE) :], alone_TE)
 
 
 @given(texts(), st.integers(0, 10), st.integers(0, 2**20))
@@ -89,7 +118,7 @@ def test_sizes_are_drawn_for_documents_and_do_not_depend_on_the_batch(text, step
             if place == 0 or tokens[place - 1] == END:
                 sizes[row, place] = len(found[row * length + place])
     assert all(size <= drawn <= experts for drawn in sizes.values())
-    assert found == by_hand(logits_TE, ids_BL, sizes)
+    check_by_hand(found, logits_TE, ids_BL, sizes)
     alone = [
         pools.limit(logits, row[None], dataclasses.replace(noise, first_token=first + b * length))
         for b, (logits, row) in enumerate(zip(logits_TE.split(length), ids_BL, strict=True))
@@ -238,10 +267,8 @@ def test_null_routers_have_the_pools_of_the_router() -> None:
     counts = LayerCounts(1, 4, 1, weights_NEH)
     counts.add(Batch(tokens.numpy(), 0, torch.arange(4).numpy(), None), routing)
     scale = model.moe_layers()[1].router.weight.square().mean().sqrt()
-    sizes = {(b, i): 2 for b in range(4) for i in range(20)}
     for n, weight_EH in enumerate(weights_NEH):
         logits_TE = scale * routing.hidden_TH @ weight_EH.T
-        pools = by_hand(logits_TE, tokens, sizes)
-        best = [max(pool, key=lambda e: row[e]) for row, pool in zip(logits_TE, pools, strict=True)]
-        expected = torch.tensor(best).bincount(minlength=4)
+        limited_TE = DocumentPools(2, (END,)).limit(logits_TE, tokens, None)
+        expected = limited_TE.argmax(dim=1).bincount(minlength=4)
         assert counts.null_grouped[n, 0].tolist() == expected.tolist()

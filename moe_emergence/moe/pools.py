@@ -42,9 +42,7 @@ class DocumentPools:
         experts = logits_TE.shape[1]
         probs_BLE = logits_TE.detach().double().softmax(dim=1).view(*ids_BL.shape, experts)
         begins_BL = self._begins(ids_BL)
-        before_BLE = probs_BLE.cumsum(dim=1) - probs_BLE
-        at_begin_BLE = before_BLE.gather(1, begins_BL.unsqueeze(2).expand(-1, -1, experts))
-        sums_BLE = before_BLE + probs_BLE - at_begin_BLE
+        sums_BLE = _sums_since(probs_BLE, begins_BL)
         rank_BLE = sums_BLE.argsort(dim=2, descending=True, stable=True).argsort(dim=2)
         size_BL: Tensor | int = self.size
         if noise is not None:
@@ -61,6 +59,22 @@ class DocumentPools:
         places_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
         first_BL = places_L * ends_BL.roll(1, dims=1)
         return first_BL.cummax(dim=1).values
+
+
+def _sums_since(x_BLE: Tensor, begins_BL: Tensor) -> Tensor:
+    """(B, L, E) sums of x over the places from `begins_BL` to each place.
+
+    By doubling (Hillis and Steele 1986), not as a difference of cumulative sums: the rounding of
+    what stands before a document would stay in that, and could change its pools.
+    """
+    places_L = torch.arange(begins_BL.shape[1], device=begins_BL.device)
+    offset_BL1 = (places_L - begins_BL).unsqueeze(2)
+    reach = 1
+    while reach < begins_BL.shape[1]:
+        earlier_BLE = x_BLE.roll(reach, dims=1)
+        x_BLE = torch.where(offset_BL1 >= reach, x_BLE + earlier_BLE, x_BLE)
+        reach *= 2
+    return x_BLE
 
 
 def check_pool_size(size: int, top_k: int, num_experts: int, router: str) -> None:
