@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from moe_emergence.models import MoECausalLMOutput, MoEGPT2Config, MoEGPT2LMHeadModel, upcycle
-from moe_emergence.moe import RouterNoise, auxiliary_losses
+from moe_emergence.moe import RouterNoise, auxiliary_losses, routing_variance
 
 NOISE = RouterNoise(std=0.5, seed=1, step=4)
 
@@ -59,6 +59,12 @@ def test_the_loss_is_the_sum_of_its_named_parts(top_k) -> None:
     assert torch.equal(output.lb_loss, balance)
     assert torch.equal(output.z_loss, z)
     torch.testing.assert_close(output.loss, output.lm_loss + 0.7 * balance + 0.3 * z)
+    assert output.routing_variance is None
+    model.config.variance_coef = 0.9
+    told_apart = model(ids(), labels=ids())
+    variance = routing_variance(output.router_decisions)
+    assert torch.equal(told_apart.routing_variance, variance)
+    torch.testing.assert_close(told_apart.loss, output.loss - 0.9 * variance)
     flat = output.logits[:, :-1].reshape(-1, VOCAB)
     expected = torch.nn.functional.cross_entropy(flat, ids()[:, 1:].reshape(-1))
     torch.testing.assert_close(output.lm_loss, expected)

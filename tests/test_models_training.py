@@ -41,14 +41,18 @@ def padded(*lengths: int) -> dict[str, Tensor]:
 
 def test_accumulated_micro_batches_of_unequal_lengths_are_the_whole_batch() -> None:
     """As the stock Trainer does it: every micro-batch is told how many labels all of them have."""
-    model, batch = mixture(lb_coef=0.3, z_coef=0.1), padded(40, 3, 4, 5)
+    model = mixture(lb_coef=0.3, z_coef=0.1, variance_coef=0.7)
+    batch = padded(40, 3, 4, 5)
     rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)]
     counts = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
     outputs = [model(**row, num_items_in_batch=sum(counts)) for row in rows]
     total = sum(output.loss for output in outputs)
     whole = model(**batch)
     torch.testing.assert_close(sum(output.lm_loss for output in outputs), whole.lm_loss)
-    alone = [0.3 * output.lb_loss + 0.1 * output.z_loss for output in outputs]
+    alone = [
+        0.3 * output.lb_loss + 0.1 * output.z_loss - 0.7 * output.routing_variance
+        for output in outputs
+    ]
     auxiliary = sum(a * c for a, c in zip(alone, counts, strict=True)) / sum(counts)
     torch.testing.assert_close(total, whole.lm_loss + auxiliary)
     parameters = list(model.parameters())

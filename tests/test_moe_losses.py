@@ -1,6 +1,7 @@
 """Auxiliary losses against brute force, and the bugs their users have met elsewhere."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moe_emergence.moe import (
     auxiliary_losses,
     load_balancing_loss,
     router_z_loss,
+    routing_variance,
 )
 
 
@@ -160,6 +162,54 @@ def test_with_a_mask_and_the_global_fraction_equal_kept_parts_average_to_the_who
     torch.testing.assert_close(torch.stack(parts).mean(), whole, rtol=1e-6, atol=0)
 
 
+@given(SHAPES, st.integers(0, 1000), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_routing_variance_is_the_mean_of_the_experts_variances(shape, seed, data) -> None:
+    tokens = shape[0]
+    routings = [random_routing(*shape, seed + layer) for layer in range(2)]
+    mask = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)), dtype=torch.bool
+    )
+    found = routing_variance([decision_of(*routing) for routing in routings], mask)
+    experts = [p[mask][:, e].tolist() for _, p, _ in routings for e in range(shape[1])]
+    expected = [statistics.pvariance(column) if column else 0.0 for column in experts]
+    assert found.item() == pytest.approx(statistics.fmean(expected), rel=1e-9, abs=1e-15)
+    dropped = [decision_of(*(part[mask] for part in routing)) for routing in routings]
+    torch.testing.assert_close(routing_variance(dropped), found, rtol=1e-12, atol=1e-15)
+
+
+def test_the_routing_variance_is_0_for_one_way_and_most_where_all_are_sure() -> None:
+    same = torch.tensor([[0.7, 0.1, 0.1, 0.1]], dtype=torch.float64).expand(12, 4)
+    sure = torch.eye(4, dtype=torch.float64).repeat(3, 1)
+    for probs, expected in ((same, 0.0), (sure, 3 / 16)):
+        decision = decision_of(probs.log(), probs, probs.topk(1).indices)
+        assert routing_variance([decision]).item() == pytest.approx(expected, abs=1e-15)
+
+
+@given(st.integers(2, 4), st.integers(1, 6), st.integers(1, 7), st.integers(0, 1000))
+@settings(max_examples=30, deadline=None)
+def test_with_the_global_means_equal_parts_average_to_the_whole_variance(
+    parts, size, experts, seed
+) -> None:
+    """Gradient included, though the means are constants for it: see the docstring of the loss."""
+    _, probs, chosen = random_routing(parts * size, experts, 1, seed)
+    whole, split = probs.clone().requires_grad_(), probs.clone().requires_grad_()
+    variance = routing_variance([decision_of(whole, whole, chosen)])
+    means = [probs.mean(dim=0)]
+    pieces = [
+        routing_variance([decision_of(split[i], split[i], chosen[i])], None, means)
+        for i in torch.arange(parts * size).split(size)
+    ]
+    mean = torch.stack(pieces).mean()
+    torch.testing.assert_close(mean, variance, rtol=1e-10, atol=1e-15)
+    torch.testing.assert_close(
+        torch.autograd.grad(mean, split)[0],
+        torch.autograd.grad(variance, whole)[0],
+        rtol=1e-9,
+        atol=1e-15,
+    )
+
+
 @pytest.mark.parametrize("tokens", [0, 6], ids=["no-tokens", "all-masked"])
 def test_nothing_that_counts_is_zero_without_nan(tokens) -> None:
     logits, _, chosen = random_routing(tokens, 4, 2, 4)
@@ -169,6 +219,7 @@ def test_nothing_that_counts_is_zero_without_nan(tokens) -> None:
         load_balancing_loss(logits.softmax(-1), chosen, mask),
         load_balancing_loss(logits.softmax(-1), chosen, mask, torch.full((4,), 0.25)),
         router_z_loss(logits, mask),
+        routing_variance([decision_of(logits, logits.softmax(-1), chosen)], mask),
     ]
     for loss in losses:
         assert loss.item() == 0

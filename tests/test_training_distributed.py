@@ -117,7 +117,11 @@ def noisy_config(tiny_config: RunConfig) -> RunConfig:
         tiny_config,
         model=replace(tiny_config.model, num_experts=8, top_k=2),
         optim=replace(
-            tiny_config.optim, lb_coef=0.1, noise_anneal_fraction=1.0, learning_rate=1e-3
+            tiny_config.optim,
+            lb_coef=0.1,
+            variance_coef=1.0,
+            noise_anneal_fraction=1.0,
+            learning_rate=1e-3,
         ),
     )
 

@@ -17,7 +17,12 @@ from moe_emergence.config import OptimConfig, RunConfig
 from moe_emergence.data.loader import StepBatch
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 from moe_emergence.models.loading import LanguageModel
-from moe_emergence.moe import RouterNoise, auxiliary_losses, load_balancing_loss
+from moe_emergence.moe import (
+    RouterNoise,
+    auxiliary_losses,
+    load_balancing_loss,
+    routing_variance,
+)
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.schedules import Rates, build_optimizer, learning_rate, noise_std
@@ -25,7 +30,7 @@ from moe_emergence.training.step import StepStatistics, forward_backward
 from moe_emergence.training.tuning import tokens_of_a_pass
 
 ROWS, LENGTH, VOCABULARY = 8, 12, 50
-OPTIM = OptimConfig(lb_coef=0.3, z_coef=0.1)
+OPTIM = OptimConfig(lb_coef=0.3, z_coef=0.1, variance_coef=0.7)
 
 
 def dense_model(seed: int = 0) -> GPT2LMHeadModel:
@@ -93,6 +98,7 @@ def test_micro_balance_depends_on_the_split_and_is_the_mean_of_micro_losses() ->
     whole, _ = step(model, 1, "micro")
     split, _ = step(model, 4, "micro")
     assert abs(float(whole.lb_loss - split.lb_loss)) > 1e-6
+    assert abs(float(whole.routing_variance - split.routing_variance)) > 1e-6
     torch.testing.assert_close(split.lm_loss, whole.lm_loss, rtol=1e-9, atol=1e-12)
 
 
@@ -107,13 +113,15 @@ def test_gradient_is_that_of_lm_plus_weighted_auxiliary_losses(scope: str) -> No
     logits, targets = outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     lb_loss, z_loss = auxiliary_losses(outputs.router_decisions)
     lm_loss = functional.cross_entropy(logits, targets)
-    (lm_loss + 0.3 * lb_loss + 0.1 * z_loss).backward()
+    variance = routing_variance(outputs.router_decisions)
+    (lm_loss + 0.3 * lb_loss + 0.1 * z_loss - 0.7 * variance).backward()
     for name, parameter in model.named_parameters():
         # the plain pass has the shares of the balance loss in fp32
         torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-5, atol=1e-9)
     assert float(sums.lm_loss) == pytest.approx(lm_loss.item(), rel=1e-6)
     assert float(sums.lb_loss) == pytest.approx(lb_loss.item(), rel=1e-6)
     assert float(sums.z_loss) == pytest.approx(z_loss.item(), rel=1e-6)
+    assert float(sums.routing_variance) == pytest.approx(variance.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["global", "micro"])
@@ -143,7 +151,7 @@ def test_sums_add_up() -> None:
 
 def test_dense_step_has_no_router_measurements() -> None:
     sums, grads = step(dense_model(), 2)
-    assert sums.expert_counts_NE.numel() == 0
+    assert sums.expert_counts_NE.numel() == sums.routing_variance.numel() == 0
     assert float(sums.lb_loss) == 0.0
     assert all(torch.isfinite(grad).all() for grad in grads.values())
 

@@ -3,6 +3,7 @@
 Letters: R blocks, L tokens of a block, E experts, H model width.
 """
 
+import itertools
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from moe_emergence.models import MixtureModel
 from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import TopKRouter
 
-LOSSES = ("lm", "lb", "z")
-
 
 def router_gradients(model: nn.Module, blocks_RL: Tensor) -> list[dict[str, Any]]:
     """A row for every mixture layer with a router that is trained; none for other models.
@@ -22,7 +21,8 @@ def router_gradients(model: nn.Module, blocks_RL: Tensor) -> list[dict[str, Any]
     with respect to the router's weight (E, H); `cosine_lm_lb`, `cosine_lm_z`, `cosine_lb_z`;
     `agreement_lm` and so on: cosine between the gradients on the first and the second half of the
     blocks, 1 where two texts ask for the same change and 0 where they ask for unrelated ones. lm is
-    the straight-through gradient where the layer has it. Without router noise and dropout.
+    the straight-through gradient where the layer has it; `variance` joins the three where the model
+    has a variance loss. Without router noise and dropout.
 
     Args:
         model: a mixture of this package; its mode is restored and its `grad` left alone.
@@ -41,13 +41,13 @@ def router_gradients(model: nn.Module, blocks_RL: Tensor) -> list[dict[str, Any]
         halves = [_gradients(model, list(routers.values()), half) for half in blocks_RL.chunk(2)]
     rows = []
     for place, index in enumerate(routers):
-        first, second = ({loss: half[loss][place] for loss in LOSSES} for half in halves)
-        mean = {loss: (first[loss] + second[loss]) / 2 for loss in LOSSES}
+        first, second = ({loss: grads[place] for loss, grads in half.items()} for half in halves)
+        mean = {loss: (first[loss] + second[loss]) / 2 for loss in first}
         row: dict[str, Any] = {"layer": index}
-        row |= {f"norm_{loss}": float(mean[loss].norm()) for loss in LOSSES}
-        for one, other in (("lm", "lb"), ("lm", "z"), ("lb", "z")):
+        row |= {f"norm_{loss}": float(mean[loss].norm()) for loss in mean}
+        for one, other in itertools.combinations(mean, 2):
             row[f"cosine_{one}_{other}"] = _cosine(mean[one], mean[other])
-        row |= {f"agreement_{loss}": _cosine(first[loss], second[loss]) for loss in LOSSES}
+        row |= {f"agreement_{loss}": _cosine(first[loss], second[loss]) for loss in mean}
         rows.append(row)
     return rows
 
@@ -56,10 +56,15 @@ def _gradients(model: Any, weights: list[Tensor], ids_RL: Tensor) -> dict[str, t
     ids_RL = ids_RL.long().to(model.device)
     out = model(input_ids=ids_RL, labels=ids_RL)
     config = model.config
-    losses = (out.lm_loss, config.lb_coef * out.lb_loss, config.z_coef * out.z_loss)
+    losses = {
+        "lm": out.lm_loss,
+        "lb": config.lb_coef * out.lb_loss,
+        "z": config.z_coef * out.z_loss,
+    }
+    if out.routing_variance is not None:
+        losses["variance"] = -config.variance_coef * out.routing_variance
     return {
-        name: torch.autograd.grad(loss, weights, retain_graph=name != LOSSES[-1])
-        for name, loss in zip(LOSSES, losses, strict=True)
+        name: torch.autograd.grad(loss, weights, retain_graph=True) for name, loss in losses.items()
     }
 
 

@@ -32,9 +32,12 @@ class OptimConfig:
     """Weight of the load-balancing loss."""
     z_coef: float = 0.001
     """Weight of the router z-loss."""
+    variance_coef: float = 0.0
+    """Weight of the variance loss, which rewards routers that tell tokens apart; 0 leaves
+    it out."""
     balance_scope: Literal["global", "micro"] = "global"
-    """Batch the balance loss counts over: the whole optimizer step over all processes, or each
-    micro-batch by itself."""
+    """Batch that the balance and variance losses count over: the whole optimizer step over all
+    processes, or each micro-batch by itself."""
     noise_std: float = 0.1
     """Standard deviation of the router noise at step 0 (training only)."""
     noise_anneal_fraction: float = 0.25
@@ -72,6 +75,7 @@ class OptimConfig:
             ("--weight-decay", self.weight_decay),
             ("--lb-coef", self.lb_coef),
             ("--z-coef", self.z_coef),
+            ("--variance-coef", self.variance_coef),
             ("--router-learning-rate-scale", self.router_learning_rate_scale),
             ("--noise-std", self.noise_std),
         ):

@@ -30,6 +30,7 @@ class MixtureConfig:
         document_end: id of the token that ends a document, None for `eos_token_id`; one begins
             after `pad_token_id` too.
         lb_coef, z_coef: weights of the balance and z losses in the output's `loss`.
+        variance_coef: weight of the routing variance that is taken off it, see `routing_variance`.
 
     The dispatcher is no part of it: it changes how fast the model runs, not what it computes.
     """
@@ -39,6 +40,7 @@ class MixtureConfig:
         "lm_loss",
         "lb_loss",
         "z_loss",
+        "routing_variance",
         "router_decisions",
     ]
 
@@ -53,6 +55,7 @@ class MixtureConfig:
     document_end: int | None = None
     lb_coef: float = 0.01
     z_coef: float = 0.001
+    variance_coef: float = 0.0
 
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]  # of the dense family

@@ -14,7 +14,13 @@ from transformers.utils.logging import get_logger
 
 from moe_emergence.models.configuration import MixtureConfig
 from moe_emergence.models.outputs import MoECausalLMOutput
-from moe_emergence.moe import MoELayer, RouterDecision, RouterNoise, auxiliary_losses
+from moe_emergence.moe import (
+    MoELayer,
+    RouterDecision,
+    RouterNoise,
+    auxiliary_losses,
+    routing_variance,
+)
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import TopKRouter
@@ -179,9 +185,8 @@ def _losses(
     decisions: tuple[RouterDecision, ...],
     attention_mask: Tensor | None,
     num_items_in_batch: int | Tensor | None,
-) -> dict[str, Tensor | None]:
-    """`loss`, `lm_loss`, `lb_loss` and `z_loss` of (B, L, V) logits."""
-    lm_loss, lb_loss, z_loss = None, None, None
+) -> dict[str, Tensor]:
+    """`loss` and its parts of (B, L, V) logits, by their names in `MoECausalLMOutput`."""
     if labels is None:
         if num_items_in_batch is not None and decisions:
             logger.warning_once(
@@ -189,22 +194,26 @@ def _losses(
                 "are not in the loss; leave label_smoothing_factor at 0, or add auxiliary_losses "
                 "of router_decisions in a compute_loss_func"
             )
-        return {"loss": None, "lm_loss": None, "lb_loss": None, "z_loss": None}
+        return {}
     config: MixtureConfig = model.config  # type: ignore[assignment]
     counted = (labels[:, 1:] != -100).sum()
     # of a batch without labels the mean is 0, not NaN
     items = counted.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    lm_loss = loss = model.loss_function(
+    lm_loss = model.loss_function(
         logits, labels, vocab_size=model.config.vocab_size, num_items_in_batch=items
     )
-    if decisions:
-        mask_T = _token_mask(attention_mask, labels.shape[1])
-        lb_loss, z_loss = auxiliary_losses(decisions, mask_T)
-        auxiliary = config.lb_coef * lb_loss + config.z_coef * z_loss
-        if num_items_in_batch is not None:
-            auxiliary = auxiliary * (counted / num_items_in_batch)
-        loss = lm_loss + auxiliary
-    return {"loss": loss, "lm_loss": lm_loss, "lb_loss": lb_loss, "z_loss": z_loss}
+    if not decisions:
+        return {"loss": lm_loss, "lm_loss": lm_loss}
+    mask_T = _token_mask(attention_mask, labels.shape[1])
+    lb_loss, z_loss = auxiliary_losses(decisions, mask_T)
+    auxiliary = config.lb_coef * lb_loss + config.z_coef * z_loss
+    parts = {"lm_loss": lm_loss, "lb_loss": lb_loss, "z_loss": z_loss}
+    if config.variance_coef:
+        parts["routing_variance"] = routing_variance(decisions, mask_T)
+        auxiliary = auxiliary - config.variance_coef * parts["routing_variance"]
+    if num_items_in_batch is not None:
+        auxiliary = auxiliary * (counted / num_items_in_batch)
+    return {"loss": lm_loss + auxiliary, **parts}
 
 
 def _token_mask(attention_mask: Tensor | None, length: int) -> Tensor | None:

@@ -46,6 +46,7 @@ def upcycle(
     dispatch: str = "auto",
     lb_coef: float = 0.01,
     z_coef: float = 0.001,
+    variance_coef: float = 0.0,
 ) -> Any:
     """A mixture of experts that starts as the dense model.
 
@@ -65,7 +66,7 @@ def upcycle(
         router, top1_weight, use_expert_bias, expert_bias_rate, dispatch: see `MoELayer`.
         pool_size: experts that a document's tokens choose among, see `MixtureConfig`.
         document_end: id of the token that ends a document; None for the model's `eos_token_id`.
-        lb_coef, z_coef: weights of the auxiliary losses in the output's `loss`.
+        lb_coef, z_coef, variance_coef: weights of the auxiliary losses in the output's `loss`.
 
     Raises:
         ValueError: for layers outside the model, a bad top_k or pool_size, or any other model.
@@ -88,6 +89,7 @@ def upcycle(
         document_end=document_end,
         lb_coef=lb_coef,
         z_coef=z_coef,
+        variance_coef=variance_coef,
     )
     model = family.mixture(config)
     torch.nn.Module.to(model, dense_model.device, dense_model.dtype)

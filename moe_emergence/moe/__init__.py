@@ -3,7 +3,12 @@
 from moe_emergence.moe.dispatch import Dispatcher, get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.layer import MoELayer
-from moe_emergence.moe.losses import auxiliary_losses, load_balancing_loss, router_z_loss
+from moe_emergence.moe.losses import (
+    auxiliary_losses,
+    load_balancing_loss,
+    router_z_loss,
+    routing_variance,
+)
 from moe_emergence.moe.noise import RouterNoise
 from moe_emergence.moe.routing import HashRouter, RouterDecision, TopKRouter
 
@@ -19,4 +24,5 @@ __all__ = [
     "get_dispatcher",
     "load_balancing_loss",
     "router_z_loss",
+    "routing_variance",
 ]

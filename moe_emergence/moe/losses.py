@@ -32,12 +32,8 @@ def load_balancing_loss(
     Returns:
         Scalar; 0 when no token counts.
     """
-    num_tokens, num_experts = router_probs_TE.shape
-    keep_T1 = (
-        router_probs_TE.new_ones(num_tokens, 1)
-        if mask_T is None
-        else mask_T.to(router_probs_TE)[:, None]
-    )
+    num_experts = router_probs_TE.shape[1]
+    keep_T1 = _keep(mask_T, router_probs_TE)
     kept = keep_T1.sum().clamp(min=1)
     if expert_fraction_E is None:
         chosen_TKE = topk_experts_TK.unsqueeze(-1) == torch.arange(
@@ -56,6 +52,39 @@ def router_z_loss(router_logits_TE: Tensor, mask_T: Tensor | None = None) -> Ten
         return squared_T.sum() / max(squared_T.numel(), 1)
     keep_T = mask_T.to(squared_T)
     return (squared_T * keep_T).sum() / keep_T.sum().clamp(min=1)
+
+
+def routing_variance(
+    decisions: Sequence[RouterDecision],
+    mask_T: Tensor | None = None,
+    mean_probs: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """How differently tokens are routed: the variance over tokens of an expert's clean probability.
+
+    The mean over experts, then over layers. 0 where all tokens have the same probabilities, at most
+    (E-1)/E^2, where every token is sure of its expert and the load is even. Taken off a loss it is
+    the variance loss of arXiv 2505.22323.
+
+    Args:
+        decisions: one for each layer.
+        mask_T: (T,) true for tokens that count.
+        mean_probs: one (E,) tensor per layer, means over a larger batch than these tokens; then the
+            mean over equal parts of that batch has the value and the gradient of the whole.
+
+    Returns:
+        Scalar; 0 when no token counts.
+    """
+    means: Sequence[Tensor | None] = mean_probs or [None] * len(decisions)
+    variances = []
+    for decision, mean_E in zip(decisions, means, strict=True):
+        probs_TE = decision.router_probs
+        keep_T1 = _keep(mask_T, probs_TE)
+        kept = keep_T1.sum().clamp(min=1)
+        if mean_E is None:
+            mean_E = (probs_TE * keep_T1).sum(dim=0) / kept
+        away_TE = (probs_TE - mean_E.to(probs_TE)) * keep_T1
+        variances.append(away_TE.square().sum() / (kept * decision.num_experts))
+    return torch.stack(variances).mean()
 
 
 def auxiliary_losses(
@@ -98,3 +127,8 @@ def _losses_of(
     fraction_E = expert_fraction_E.to(sums.prob_sums_E)
     balance = decision.num_experts / tokens * (fraction_E * sums.prob_sums_E).sum()
     return balance, sums.z_sum / tokens
+
+
+def _keep(mask_T: Tensor | None, probs_TE: Tensor) -> Tensor:
+    """(T, 1): 1 for tokens that count, 0 for the others."""
+    return torch.ones_like(probs_TE[:, :1]) if mask_T is None else mask_T.to(probs_TE)[:, None]

@@ -186,6 +186,7 @@ def _upcycled(
             document_end=data.tokenizer.eos_token_id,
             lb_coef=optim.lb_coef,
             z_coef=optim.z_coef,
+            variance_coef=optim.variance_coef,
         )
         text = text_to_cluster(data.train_blocks, config.seed)
         if model.router_init == "clusters":

@@ -36,6 +36,8 @@ def step_row(record: StepRecord, router_layers: Sequence[int] = ()) -> dict[str,
         row["train/lb_loss"] = float(sums.lb_loss)
         row["train/z_loss"] = float(sums.z_loss)
         row["train/noise_std"] = record.noise_std
+    if sums.routing_variance.numel():
+        row["train/routing_variance"] = float(sums.routing_variance)
     domains = zip(DOMAINS, sums.domain_loss_D.tolist(), sums.domain_rows_D.tolist(), strict=True)
     row |= {f"train/lm_loss_{domain}": loss / rows for domain, loss, rows in domains if rows}
     if router_layers:

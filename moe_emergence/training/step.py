@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from moe_emergence.config import DOMAINS, OptimConfig
-from moe_emergence.moe import RouterDecision, RouterNoise, auxiliary_losses
+from moe_emergence.moe import RouterDecision, RouterNoise, auxiliary_losses, routing_variance
 
 if TYPE_CHECKING:
     # the step itself needs neither, and is measured where they are not installed
@@ -43,6 +43,8 @@ class StepStatistics:
     """Scalar: mean balance loss."""
     z_loss: Tensor
     """Scalar: mean z loss."""
+    routing_variance: Tensor
+    """(1,) mean routing variance; (0,) where it is not in the loss."""
     domain_loss_D: Tensor
     """(D,) summed lm_loss of the sequences of each domain."""
     domain_rows_D: Tensor
@@ -73,7 +75,7 @@ def forward_backward(
 ) -> StepStatistics:
     """Accumulate the gradients of one optimizer step.
 
-    With balance scope "global" the balance loss counts assignments over the whole step, so that
+    With balance scope "global" balance and variance loss count over the whole step, so that
     the result does not depend on how the step is split into micro-batches and processes. All
     activations are needed until all is counted, so a mixture's micro-batches run as one. With
     "micro" each counts for itself.
@@ -87,7 +89,7 @@ def forward_backward(
     count_all = noise is not None and optim.balance_scope == "global"
     at_once = num_micro if count_all else 1
     passes: list[Pass] = []
-    lb_losses, z_losses = [], []
+    lb_losses, z_losses, variances = [], [], []
     for first in range(0, num_micro, at_once):
         is_last = first + at_once == num_micro
         with nullcontext() if is_last else accelerator.no_sync(model):
@@ -102,11 +104,16 @@ def forward_backward(
                 fractions = _global_fractions(accelerator, done) if count_all else None
                 lb_loss, z_loss = auxiliary_losses(done.decisions, None, fractions)
                 loss = loss + optim.lb_coef * lb_loss + optim.z_coef * z_loss
+                if optim.variance_coef:
+                    means = _global_means(accelerator, done) if count_all else None
+                    variance = routing_variance(done.decisions, None, means)
+                    loss = loss - optim.variance_coef * variance
+                    variances.append(variance.detach())
                 lb_losses.append(lb_loss.detach())
                 z_losses.append(z_loss.detach())
             accelerator.backward(loss * (at_once / num_micro))
         passes.append(done)
-    return _sum_up(accelerator, passes, lb_losses, z_losses)
+    return _sum_up(accelerator, passes, lb_losses, z_losses, variances)
 
 
 def _noise_from(
@@ -131,6 +138,14 @@ def _global_fractions(accelerator: "Accelerator", done: Pass) -> list[Tensor]:
     return list((counts_NE / counts_NE.sum(dim=1, keepdim=True)).unbind())
 
 
+def _global_means(accelerator: "Accelerator", done: Pass) -> list[Tensor] | None:
+    """Per layer the mean probabilities (E,) over all processes; None where this is all of them."""
+    if accelerator.num_processes == 1:
+        return None
+    means_NE = torch.stack([d.router_probs.detach().mean(dim=0) for d in done.decisions])
+    return list(accelerator.reduce(means_NE, "mean").unbind())
+
+
 def _counts(passes: Sequence[Pass]) -> Tensor:
     """(N, E) assignments in these passes."""
     per_pass = [torch.stack([d.expert_counts() for d in p.decisions]) for p in passes]
@@ -142,6 +157,7 @@ def _sum_up(
     passes: Sequence[Pass],
     lb_losses: Sequence[Tensor],
     z_losses: Sequence[Tensor],
+    variances: Sequence[Tensor],
 ) -> StepStatistics:
     zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     rows = torch.cat([p.row_losses_B.detach() for p in passes]).double()
@@ -157,6 +173,7 @@ def _sum_up(
         rows.mean(),
         torch.stack(list(lb_losses)).double().mean() if lb_losses else zero,
         torch.stack(list(z_losses)).double().mean() if z_losses else zero,
+        torch.stack(list(variances)).double().mean() if variances else zero.new_zeros(0),
         rows @ domains,
         domains.sum(dim=0),
         counts_NE,
@@ -166,12 +183,13 @@ def _sum_up(
     if accelerator.num_processes > 1:
         flat = accelerator.reduce(flat, "sum")
     sizes = [part.numel() for part in parts]
-    lm, lb, z, domain_loss, domain_rows, counts, entropy = flat.split(sizes)
+    lm, lb, z, variance, domain_loss, domain_rows, counts, entropy = flat.split(sizes)
     share = 1.0 / accelerator.num_processes
     return StepStatistics(
         (lm * share).squeeze(0),
         (lb * share).squeeze(0),
         (z * share).squeeze(0),
+        variance * share,
         domain_loss,
         domain_rows,
         counts.view_as(counts_NE),
