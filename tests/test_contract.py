@@ -104,7 +104,7 @@ def test_metrics_and_files_are_the_documented_ones(tiny_config: RunConfig) -> No
     """A whole experiment writes every documented key and file, and no other."""
     config = replace(
         tiny_config,
-        optim=replace(tiny_config.optim, compare_dense=True, compare_null=True),
+        optim=replace(tiny_config.optim, variance_coef=0.1, compare_dense=True, compare_null=True),
         monitor=replace(tiny_config.monitor, track="tensorboard"),
     )
     run_experiment(config)
