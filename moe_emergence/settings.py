@@ -1,10 +1,13 @@
 """What all configuration dataclasses share: how they refuse values, and their JSON form."""
 
 import dataclasses
+import logging
 import typing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def check(condition: bool, flag: str, given: object, change: str) -> None:
@@ -26,14 +29,23 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
-    """Rebuild a configuration dataclass; unknown or missing names raise `ValueError`."""
+    """Rebuild a configuration dataclass.
+
+    What an earlier version did not write has its default, which every new setting chooses so that
+    it changes nothing; it is logged. Raises `ValueError` for unknown names, and for missing ones
+    without a default.
+    """
     hints = typing.get_type_hints(cls)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}")
-    missing = sorted(hints.keys() - values.keys())
+    absent = [field for field in dataclasses.fields(cls) if field.name not in values]  # type: ignore[arg-type]
+    missing = [field.name for field in absent if not _has_default(field)]
     if missing:
         raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}")
+    if absent:
+        names = ", ".join(field.name for field in absent)
+        logger.info("%s: saved before there was %s: default taken", cls.__name__, names)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         hint = hints[name]
@@ -44,3 +56,8 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         else:
             kwargs[name] = value
     return cls(**kwargs)
+
+
+def _has_default(field: "dataclasses.Field[Any]") -> bool:
+    absent = dataclasses.MISSING
+    return field.default is not absent or field.default_factory is not absent

@@ -1,6 +1,7 @@
 """Presets and configuration: each ablation differs in what it says, and nothing else."""
 
 import json
+import logging
 from dataclasses import is_dataclass, replace
 from typing import Any
 
@@ -85,8 +86,21 @@ def test_unknown_and_missing_names_are_refused() -> None:
     good = to_dict(get_preset("demo"))
     with pytest.raises(ValueError, match="no field colour"):
         from_dict(RunConfig, {**good, "colour": "red"})
-    with pytest.raises(ValueError, match="lacks seed"):
-        from_dict(RunConfig, {k: v for k, v in good.items() if k != "seed"})
+    with pytest.raises(ValueError, match="lacks run_name"):
+        from_dict(RunConfig, {k: v for k, v in good.items() if k != "run_name"})
+
+
+def test_a_setting_newer_than_the_file_has_its_default_and_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved = replace(get_preset("demo"), model=ModelConfig(moe_layers=(2,), pool_size=2))
+    old = json.loads(json.dumps(to_dict(saved)))
+    del old["model"]["pool_size"], old["seed"]
+    with caplog.at_level(logging.INFO):
+        found = from_dict(RunConfig, old)
+    assert found == replace(saved, model=replace(saved.model, pool_size=0), seed=42)
+    assert "there was pool_size" in caplog.text
+    assert "there was seed" in caplog.text
 
 
 def test_configurations_are_frozen() -> None:

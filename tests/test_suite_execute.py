@@ -97,6 +97,17 @@ def test_what_is_complete_is_skipped(stand_in: StandIn, jobs: int) -> None:
     assert stand_in.calls() == []
 
 
+def test_a_run_from_before_a_setting_existed_stays_complete(stand_in: StandIn) -> None:
+    stand_in.execute()
+    for path in stand_in.root.glob("*/*/config.json"):
+        saved = json.loads(path.read_text())
+        del saved["optim"]["variance_coef"]
+        path.write_text(json.dumps(saved))
+    stand_in.calls()
+    assert set(by_name(stand_in.execute()).values()) == {"complete"}
+    assert stand_in.calls() == []
+
+
 def test_one_failure_does_not_lose_the_rest(stand_in: StandIn) -> None:
     stand_in.tell(fail="moe")
     states = stand_in.execute()
