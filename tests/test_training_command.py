@@ -15,6 +15,7 @@ from conftest import command_environment
 from safetensors import safe_open
 
 from moe_emergence import generate, train
+from moe_emergence.analysis.summary import what_was_shown
 from moe_emergence.config import DOMAINS
 from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.errors import exit_code
@@ -75,11 +76,37 @@ def test_demo_ends_well_and_says_so(
     bits = [_bits(read_domain_fractions(of.expert_domain)) for of in (run, null)]
     shown = "tells {} of 1.58 bits of a token's domain (layer by layer); a random router's {}."
     assert shown.format(*bits) in " ".join(done.stdout.split())
+    losses = [read_metrics(of.metrics)[-1]["eval/lm_loss"] for of in (run, null)]
+    gap = losses[0] - losses[1]
+    worth = f"worth {-gap:.4f} nats" if gap < 0 else f"worth nothing over random ({gap:+.4f} nats)"
+    assert worth in " ".join(done.stdout.split())
     summary = read_json(run.summary)
     assert summary["status"] == "completed"
     assert summary["final_step"] == 4
     assert summary["tokens_per_sec"] > 0
     assert summary["wall_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("losses", "steps", "expected"),
+    [
+        ((3.0, 3.25), (4, 4), "worth 0.2500 nats over random. "),
+        ((3.25, 3.0), (4, 4), "worth nothing over random (+0.2500 nats). "),
+        ((3.0, 3.0), (4, 4), "worth nothing over random (+0.0000 nats). "),
+        ((3.0, 3.25), (4, 2), "router's 0.92. That is one seed"),
+    ],
+)
+def test_the_last_sentence_says_what_routing_gained(
+    losses: tuple[float, float], steps: tuple[int, int], expected: str, tmp_path: Path
+) -> None:
+    runs = {}
+    for role, loss, step in zip(("moe", "null"), losses, steps, strict=True):
+        run = runs[role] = RunFolder(tmp_path / role)
+        run.root.mkdir()
+        run.metrics.write_text(json.dumps({"step": step, "eval/lm_loss": loss}) + "\n")
+        rows = [f"1,{d},{e},{float(e == (d == 'code'))}" for d in DOMAINS for e in (0, 1)]
+        run.expert_domain.write_text("\n".join(["layer,domain,expert,fraction", *rows]) + "\n")
+    assert expected in what_was_shown(runs)
 
 
 def test_run_folder_holds_what_the_contract_names(

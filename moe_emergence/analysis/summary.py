@@ -58,14 +58,26 @@ def domain_bits(run: RunFolder) -> list[float]:
 
 
 def what_was_shown(runs: Mapping[str, RunFolder]) -> str:
-    """A sentence on what the mixture's experts know of the domain, beside a random router's."""
+    """What the mixture's experts know of the domain and what it gains, beside a random router's."""
     most = math.log2(len(DOMAINS))
     bits = {role: _listed(domain_bits(runs[role])) for role in ("moe", "null")}
     return (
         f"Knowing the expert tells {bits['moe']} of {most:.2f} bits of a token's domain (layer by "
-        f"layer); a random router's {bits['null']}. That is one seed: whether a difference "
-        "holds, a suite says; whether a domain needs its experts, analyze --test modules."
+        f"layer); a random router's {bits['null']}. {_worth(runs)}That is one seed: "
+        "whether a difference holds, a suite says; whether a domain needs its experts, "
+        "analyze --test modules."
     )
+
+
+def _worth(runs: Mapping[str, RunFolder]) -> str:
+    """Nothing is said of two runs that were not evaluated at the same step."""
+    moe, null = last_evaluation(runs["moe"]), last_evaluation(runs["null"])
+    if moe is None or null is None or moe["step"] != null["step"]:
+        return ""
+    gap = moe["eval/lm_loss"] - null["eval/lm_loss"]
+    if gap < 0:
+        return f"In loss that routing is worth {-gap:.4f} nats over random. "
+    return f"In loss that routing is worth nothing over random ({gap:+.4f} nats). "
 
 
 def _listed(bits: list[float]) -> str:
