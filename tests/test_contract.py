@@ -120,6 +120,9 @@ def test_metrics_and_files_are_the_documented_ones(tiny_config: RunConfig) -> No
     assert list(summary) == [field.name for field in dataclasses.fields(RunSummary)]
     for name in summary:
         assert f"`{name}`" in section("The run folder")
+    saved = json.loads((run.final_model / "config.json").read_text())
+    for coefficient in ("lb_coef", "z_coef", "variance_coef"):
+        assert saved[coefficient] == getattr(config.optim, coefficient)
 
 
 @pytest.mark.parametrize("status", ["completed", "collapsed", "interrupted", "failed"])
