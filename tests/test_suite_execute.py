@@ -223,16 +223,16 @@ def test_the_command_runs_a_suite_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    flags = ["--out", "suite", "--jobs", "2", "--only", "moe"]
+    flags = ["--out", "suite", "--jobs", "2", "--only", "dense", "moe"]
     assert exit_code(suite.main, ["run", str(TINY), *flags]) == 0
     runs = [
         run
         for run in plan_runs(load_suite(str(TINY)), tmp_path / "suite")
-        if run.variant in ("base", "moe")
+        if run.variant in ("base", "dense", "moe")
     ]
     assert all(is_complete(run) for run in runs)
     moe = tmp_path / "suite" / "moe" / "seed-0"
-    assert not (moe / "final-model").exists()
+    assert [run.variant for run in runs if run.run.final_model.exists()] == ["base"]
     record = read_routing(moe / "routing.npz")
     # the routing recorded afterwards is the one that the run's last evaluation counted
     table = (moe / "expert_domain.csv").read_text().splitlines()

@@ -149,7 +149,8 @@ def _start(state: RunState, execution: Execution) -> None:
     write_json(plan, to_dict(state.planned.config))
     log.parent.mkdir(parents=True, exist_ok=True)
     flags = ["--threads", str(execution.threads)] if execution.threads else []
-    flags += ["--keep-models"] if execution.keep_models else []
+    keep = "final" if state.planned.variant == BASE else "none"
+    flags += ["--keep", "all" if execution.keep_models else keep]
     flags += ["--test-modules"] if state.planned.test_modules else []
     with log.open("ab") as file:
         state.process = _spawn([*execution.command, str(plan), *flags], file)

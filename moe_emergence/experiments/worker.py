@@ -24,6 +24,8 @@ from moe_emergence.training.experiment import run_experiment
 
 NAMED_ON, TESTED_ON = 16, 12
 
+KEEP = ("none", "final", "all")
+
 
 def main(argv: list[str]) -> int:
     """Train what the file says, or go on with it; record the final model's routing; tidy up."""
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", type=Path, help="a RunConfig as JSON")
     parser.add_argument("--threads", type=int, default=0, help="of this process on a CPU")
     parser.add_argument("--test-modules", action="store_true", help="by ablation, at the end")
-    parser.add_argument("--keep-models", action="store_true", help="do not delete what is big")
+    parser.add_argument("--keep", choices=KEEP, default="none", help="of checkpoints and models")
     options = parser.parse_args(argv)
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -44,8 +46,7 @@ def main(argv: list[str]) -> int:
         record_final_routing(config, folder)
     if options.test_modules and not (folder.root / MODULES_FILE).exists():
         test_final_modules(config, folder)
-    if not options.keep_models:
-        delete_models(folder, keep_final=not config.model.moe_layers)
+    delete_models(folder, options.keep)
     return 0
 
 
@@ -81,11 +82,13 @@ def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:
     return model
 
 
-def delete_models(folder: RunFolder, *, keep_final: bool) -> None:
-    """Free the disk of checkpoints and models of a complete run: a suite has a hundred."""
-    for path in (folder.checkpoints, folder.best_model):
-        shutil.rmtree(path, ignore_errors=True)
-    if not keep_final:
+def delete_models(folder: RunFolder, keep: str) -> None:
+    """Free the disk of what is big in a complete run, but for what `KEEP` names: a suite has a
+    hundred runs."""
+    if keep != "all":
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+        shutil.rmtree(folder.best_model, ignore_errors=True)
+    if keep == "none":
         shutil.rmtree(folder.final_model, ignore_errors=True)
 
 
