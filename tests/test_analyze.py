@@ -131,17 +131,18 @@ def test_a_hugging_face_mixture_in_a_folder(
     modules = pd.read_parquet(tmp_path / "out/tables/modules.parquet")
     assert list(modules["corpus"]) == ["second half"] * 3 + [str(data_folder)] * 3
     assert (modules["sets"] == 15).all()  # one of four experts in two layers
-    write_figures(tmp_path / "out")
-    assert (tmp_path / "out/figures/modules.png").is_file()
-    page = write_report(tmp_path / "out").read_text(encoding="utf-8")
-    assert page.count("no module. Without experts 0: ") == 6
-    assert page.count("with its best experts of each layer alone: 2 cost it ") == 3
-    assert page.count("nats better than a draw") == 6  # two layers, three domains
     load = pd.read_parquet(tmp_path / "out/tables/expert_load.parquet")
     assert set(load["layer"]) == {0, 1}
     assert set(load["slot"]) == {-1, 0, 1}
     assert set(pd.read_parquet(tmp_path / "out/tables/knockout.parquet")["how"]) == {"zeroed"}
     assert (tmp_path / "out/tables/coactivation.parquet").is_file()
+    if family == "mixtral":  # what is drawn and written knows no family
+        write_figures(tmp_path / "out")
+        assert (tmp_path / "out/figures/modules.png").is_file()
+        page = write_report(tmp_path / "out").read_text(encoding="utf-8")
+        assert page.count("no module. Without experts 0: ") == 6
+        assert page.count("with its best experts of each layer alone: 2 cost it ") == 3
+        assert page.count("nats better than a draw") == 6  # two layers, three domains
 
 
 def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:
