@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 
 from moe_emergence.analysis.checkpoints import over_checkpoints
+from moe_emergence.analysis.documents import spread
 from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
@@ -201,15 +202,21 @@ def modules_of(
     folder: Path,
 ) -> Tables:
     """Modules named on the first half of every domain's blocks, and tested on the second."""
-    first, second = (take(half, config.knockout_tokens) for half in halves(blocks))
+    first, second = halves(blocks)
+    naming = name_on(
+        source.model, take(first, config.knockout_tokens), batch_size=config.batch_size
+    )
     corpora = {"second half": second}
     if config.second_data is not None:
-        other, _ = text_blocks(source, config.second_data, config.block_size, config.cache_dir)
-        corpora[config.second_data] = take(other, config.knockout_tokens)
-    naming = name_on(source.model, first, batch_size=config.batch_size)
+        corpora[config.second_data], _ = text_blocks(
+            source, config.second_data, config.block_size, config.cache_dir
+        )
     found = module_tables(
-        source.model, naming, corpora, batch_size=config.batch_size, seed=config.seed
-    )
+        source.model, naming, corpora, eos_id=int(source.tokenizer.eos_token_id),
+        most=blocks_each(second, config.knockout_tokens), batch_size=config.batch_size,
+        seed=config.seed,
+    )  # fmt: skip
+    second = take(second, config.knockout_tokens)
     top_k = int(getattr(source.model.config, "num_experts_per_tok", 1))
     found["retention"] = retention_table(
         source.model, naming, second, top_k, batch_size=config.batch_size, seed=config.seed
@@ -289,13 +296,19 @@ def source_names(sources: tuple[str, ...]) -> list[str]:
     return [f"{place} ({number})" for number, place in enumerate(sources, start=1)]
 
 
-def take(blocks: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """The first blocks of each domain, at most `tokens` tokens together, at least a block each."""
+def blocks_each(blocks: dict[str, Tensor], tokens: int) -> int:
+    """Blocks of every domain that make at most `tokens` tokens together; at least one, and
+    all of them where `tokens` is 0."""
     if not tokens:
-        return blocks
+        return max(len(part) for part in blocks.values())
     length = max(part.shape[1] for part in blocks.values())
-    each = max(1, tokens // (length * len(blocks)))
-    return {domain: part[:each] for domain, part in blocks.items()}
+    return max(1, tokens // (length * len(blocks)))
+
+
+def take(blocks: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Of each domain the blocks that `blocks_each` allows, evenly apart."""
+    each = blocks_each(blocks, tokens)
+    return {domain: part[spread(len(part), each)] for domain, part in blocks.items()}
 
 
 def run_first(table: pd.DataFrame) -> pd.DataFrame:

@@ -79,7 +79,7 @@ def decide_by(model: MoEGPT2LMHeadModel, by: str) -> None:
 
 
 def judged(model: MoEGPT2LMHeadModel, corpora: dict[str, Blocks]) -> dict[str, pd.DataFrame]:
-    return module_tables(model, name_on(model, chains(24, 1)), corpora)
+    return module_tables(model, name_on(model, chains(24, 1)), corpora, eos_id=VOCAB, most=24)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,8 @@ def test_a_router_that_knows_nothing_of_domains_fails() -> None:
 def test_damage_is_that_of_a_model_without_the_experts(told: MoEGPT2LMHeadModel) -> None:
     blocks = chains(6, 4)
     naming = name_on(told, chains(24, 1))
-    row = module_tables(told, naming, {"x": blocks})["modules"].iloc[0]
+    tables = module_tables(told, naming, {"x": blocks}, eos_id=VOCAB, most=6)
+    row = tables["modules"].iloc[0]
     module = most_selective(naming.selectivity["code"], 2)
     removed = dict(zip(find_routers(told), module, strict=True))
     whole = block_losses(told, blocks, 2)
@@ -119,6 +120,22 @@ def test_damage_is_that_of_a_model_without_the_experts(told: MoEGPT2LMHeadModel)
     assert row["damage"] == pytest.approx(lost["code"].mean())
     assert row["off_target"] == pytest.approx((lost["math"].mean() + lost["prose"].mean()) / 2)
     assert row["damage_low"] <= row["damage"] <= row["damage_high"]
+    assert (row["blocks"], row["documents"]) == (6, 1)
+
+
+def test_fewer_blocks_are_taken_evenly_apart_and_keep_their_documents(
+    told: MoEGPT2LMHeadModel,
+) -> None:
+    blocks = chains(12, 4)
+    for part in blocks.values():
+        part[1::2, -1] = 0  # every second block ends a document
+    naming = name_on(told, chains(24, 1))
+    some = module_tables(told, naming, {"x": blocks}, eos_id=0, most=6)["modules"]
+    every = {domain: part[::2] for domain, part in blocks.items()}
+    alone = module_tables(told, naming, {"x": every}, eos_id=VOCAB, most=6)["modules"]
+    assert list(some["damage"]) == list(alone["damage"])
+    assert list(some["blocks"]) == [6, 6, 6]
+    assert (some["documents"] > 1).all()
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
@@ -160,7 +177,8 @@ def test_a_verdict_is_its_rule(seed: int, on: float, off: float, sets: int) -> N
         return {d: rng.normal(mean if d == "code" else off, 0.1, 9) for d in DOMAINS}
 
     named, rivals = losses(on), [losses(rng.normal(1, 0.5)) for _ in range(sets)]
-    found = judge("code", named, rivals, seed)
+    documents = {d: rng.integers(0, 9, 9) for d in DOMAINS}
+    found = judge("code", named, rivals, documents, seed)
     damage = named["code"].mean()
     reached = sum(one["code"].mean() >= damage for one in rivals)
     assert found["p"] == (1 + reached) / (1 + sets)

@@ -11,6 +11,7 @@ import pandas as pd
 from torch import Tensor, nn
 
 from moe_emergence.analysis.ablation import Ablation, Floats
+from moe_emergence.analysis.documents import Ints, main_documents, resampling_units, spread
 from moe_emergence.analysis.knockout import knockout_table
 from moe_emergence.analysis.module_sets import (
     ExpertSet,
@@ -40,6 +41,8 @@ def module_tables(
     naming: Naming,
     corpora: Mapping[str, Mapping[str, Tensor]],
     *,
+    eos_id: int,
+    most: int,
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, pd.DataFrame]:
@@ -50,16 +53,19 @@ def module_tables(
     sets of equal size and nearest load (of all other sets where there are fewer), and the other
     domains lose at most a third of that on average (protocol: arXiv 2606.25092). A domain that any
     ablation hurts most would pass as well, so the domain must also lose at least twice what it
-    loses without a random set on average, with an interval (95%, resampled blocks) above 0.
+    loses without a random set on average, with an interval above 0 (95%, resampled documents, or
+    blocks where a domain's are of fewer than five).
 
-    `modules`: corpus, domain, experts, load, random_load, damage with interval, random_mean,
-    random_95, p, off_target with interval, sets, passes. `module_damage`: corpus, domain, on, and
-    the damage there, nats per token.
+    `modules`: corpus, domain, experts, load, random_load, blocks, documents, damage with interval,
+    random_mean, random_95, p, off_target with interval, sets, passes. `module_damage`: corpus,
+    domain, on, and the damage there, nats per token.
 
     Args:
         model: any mixture language model whose routers can be read; its mode is restored.
         naming: of this model, from a text that shares no document with `corpora`.
-        corpora: by name, token ids (R, L) of each domain.
+        corpora: by name, token ids (R, L) of each domain, as the text was cut.
+        eos_id: ends every document of `corpora`.
+        most: blocks of each domain to test on, evenly apart.
         batch_size: blocks in one forward pass.
         seed: of the random sets and the resampling.
     """
@@ -71,8 +77,10 @@ def module_tables(
     rows: list[dict[str, Any]] = []
     damages: list[dict[str, Any]] = []
     with progress_bar("modules", (1 + len(every)) * len(corpora)) as advance:
-        for corpus, blocks in corpora.items():
-            ablation = Ablation(model, blocks, batch_size)
+        for corpus, text in corpora.items():
+            places = {d: spread(len(part), most) for d, part in text.items()}
+            documents = {d: main_documents(text[d], eos_id)[places[d]] for d in text}
+            ablation = Ablation(model, {d: text[d][places[d]] for d in text}, batch_size)
             advance(1)
             lost: dict[ExpertSet, dict[str, Floats]] = {}
             for chosen in every:
@@ -80,15 +88,16 @@ def module_tables(
                 lost[chosen] = {d: losses[d] - whole for d, whole in ablation.whole.items()}
                 advance(1)
             for domain in named:
-                row = judge(
-                    domain, lost[named[domain]], [lost[one] for one in rivals[domain]], seed
-                )
+                others = [lost[one] for one in rivals[domain]]
+                row = judge(domain, lost[named[domain]], others, documents, seed)
                 load = [total_load(one, naming.load) for one in rivals[domain]]
                 rows.append({
                     "corpus": corpus, "domain": domain,
                     "experts": _written(routers, named[domain]),
                     "load": total_load(named[domain], naming.load),
-                    "random_load": float(np.mean(load)) if load else np.nan, **row,
+                    "random_load": float(np.mean(load)) if load else np.nan,
+                    "blocks": len(documents[domain]),
+                    "documents": len(np.unique(documents[domain])), **row,
                 })  # fmt: skip
                 damages += [
                     {"corpus": corpus, "domain": domain, "on": on, "damage": float(of.mean())}
@@ -121,7 +130,11 @@ def halves(blocks: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
 
 
 def judge(
-    domain: str, named: Mapping[str, Floats], rivals: Sequence[Mapping[str, Floats]], seed: int
+    domain: str,
+    named: Mapping[str, Floats],
+    rivals: Sequence[Mapping[str, Floats]],
+    documents: Mapping[str, Ints],
+    seed: int,
 ) -> dict[str, Any]:
     """Whether what each block (R,) of each domain lost without the module makes it one.
 
@@ -129,6 +142,7 @@ def judge(
         domain: of the module.
         named: losses without the module, less those of the whole model, per domain.
         rivals: the same for random sets.
+        documents: per domain, the document of each block.
         seed: of the resampling.
     """
     rng = np.random.default_rng(seed)
@@ -137,7 +151,9 @@ def judge(
     random = np.array([one[domain].mean() for one in rivals])
     limit = float(np.quantile(random, 0.95)) if len(random) else np.nan
     p = (1 + int((random >= damage).sum())) / (1 + len(random))
-    resampled = {d: _resampled_means(of, rng) for d, of in named.items()}
+    resampled = {
+        d: _resampled_means(of, resampling_units(documents[d]), rng) for d, of in named.items()
+    }
     off = np.mean([resampled[d] for d in resampled if d != domain], axis=0)
     low, high = np.quantile(resampled[domain], [0.025, 0.975])
     off_low, off_high = np.quantile(off, [0.025, 0.975])
@@ -156,9 +172,10 @@ def judge(
     }  # fmt: skip
 
 
-def _resampled_means(losses: Floats, rng: np.random.Generator) -> Floats:
-    drawn = rng.integers(0, len(losses), (RESAMPLES, len(losses)))
-    means: Floats = losses[drawn].mean(axis=1)
+def _resampled_means(losses: Floats, units: Ints, rng: np.random.Generator) -> Floats:
+    sizes, sums = np.bincount(units), np.bincount(units, losses)
+    drawn = rng.integers(0, len(sizes), (RESAMPLES, len(sizes)))
+    means: Floats = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     return means
 
 

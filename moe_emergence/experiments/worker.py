@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from moe_emergence.analysis.documents import spread
 from moe_emergence.analysis.modules import MODULES_FILE, halves, module_tables, name_on
 from moe_emergence.analysis.routing_record import ROUTING_FILE, record_routing, save_routing
 from moe_emergence.command import run
@@ -65,11 +66,14 @@ def test_final_modules(config: RunConfig, folder: RunFolder) -> None:
     They are named on 16 blocks of each domain's first half and taken away on 12 of the second.
     """
     model = final_mixture(config, folder)
-    first, second = halves(prepare_data(config.data, config.seed).eval_blocks)
-    naming = name_on(model, {domain: part[:NAMED_ON] for domain, part in first.items()})
-    tested = {domain: part[:TESTED_ON] for domain, part in second.items()}
-    table = module_tables(model, naming, {"second half": tested}, seed=config.seed)["modules"]
-    write_text(folder.root / MODULES_FILE, table.to_csv(index=False))
+    data = prepare_data(config.data, config.seed)
+    first, second = halves(data.eval_blocks)
+    naming = name_on(model, {d: part[spread(len(part), NAMED_ON)] for d, part in first.items()})
+    tables = module_tables(
+        model, naming, {"second half": second}, eos_id=data.tokenizer.eos_token_id,
+        most=TESTED_ON, seed=config.seed,
+    )  # fmt: skip
+    write_text(folder.root / MODULES_FILE, tables["modules"].to_csv(index=False))
 
 
 def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from moe_emergence.analysis.documents import FEWEST
+
 ALPHA = 0.05
 
 
@@ -95,10 +97,14 @@ def _collapse(table: pd.DataFrame) -> str:
 
 def _module(row: Mapping[str, Any]) -> str:
     verdict = "a module" if row["passes"] else "no module"
+    blocks, documents = int(row["blocks"]), int(row["documents"])
+    drawn = f"{documents} documents"
+    if documents < FEWEST:
+        drawn = f"{blocks} blocks, which are of {documents} document{'s' * (documents > 1)}"
     return (
         f"{row['domain']}, {row['corpus']}: {verdict}. Without experts {row['experts']} it loses "
-        f"{row['damage']:.3f} nats per token ({row['damage_low']:.3f} to {row['damage_high']:.3f}; "
-        f"{int(row['sets'])} random sets {row['random_mean']:.3f}, 95% below "
+        f"{row['damage']:.3f} nats per token ({row['damage_low']:.3f} to {row['damage_high']:.3f} "
+        f"over {drawn}; {int(row['sets'])} random sets {row['random_mean']:.3f}, 95% below "
         f"{row['random_95']:.3f}), the other domains {row['off_target']:.3f}"
     )
 
