@@ -30,6 +30,8 @@ class SuiteOptions:
 
     suite: Annotated[str, tyro.conf.Positional] = "demo"
     """Name of a suite (demo, ablations, predecessor) or a .toml file of your own."""
+    only: tuple[str, ...] = ()
+    """Only these variants (and the bases they need)."""
     out: str | None = None
     """Folder of the suite; runs/suites/NAME without it."""
     debug: bool = False
@@ -48,8 +50,6 @@ class PlanOptions(SuiteOptions):
 
     seeds: tuple[int, ...] = ()
     """Seeds in place of the suite's."""
-    only: tuple[str, ...] = ()
-    """Only these variants (and the bases they need)."""
     jobs: int = 1
     """Runs at a time; on a CPU they share its cores."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -111,7 +111,8 @@ def main(argv: list[str]) -> int:
     if isinstance(options, PlanOptions):
         return plan(options)
     assert isinstance(options, ReportOptions)
-    Console().print(str(build_report(options.root, options.margin)), soft_wrap=True)
+    report = build_report(options.root, options.margin, only=options.only)
+    Console().print(str(report), soft_wrap=True)
     return 0
 
 

@@ -341,3 +341,18 @@ def test_modules_and_churn_of_runs_are_in_the_report(tmp_path: Path) -> None:
     assert "| moe | 30% |" in text
     assert len(pd.read_csv(folder / "tables/modules.csv")) == 10
     assert len(pd.read_csv(folder / "tables/churn.csv")) == 10
+
+
+def test_a_report_of_some_variants_says_nothing_of_others(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path, PLANS)
+    for name in ("frozen", "no-lb"):
+        shutil.rmtree(folder / name)
+    text = build_report(folder, resampling=FEW, only=["moe", "dense"]).read_text()
+    assert "**moe** is better than dense" in text
+    assert "All of them completed." in text
+    assert "no-lb" not in text
+    assert "| frozen |" not in text
+    runs = pd.read_csv(folder / "tables/runs.csv")
+    assert set(runs["variant"]) == {"base", "moe", "dense"}
+    with pytest.raises(ValueError, match="--only big: choose from dense"):
+        build_report(folder, only=["moe", "big"])

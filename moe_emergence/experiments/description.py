@@ -1,11 +1,13 @@
 """What a suite is meant to compare: `suite.json` as dataclasses, and where its files are."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_emergence.analysis.routing_record import ROUTING_FILE
 from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.settings import check
 
 Matching = Literal["steps", "flops"]
 BASE = "base"
@@ -46,6 +48,18 @@ class SuiteFolder:
     comparisons: tuple[Comparison, ...]
     command: str
     """That made the runs."""
+
+    def only(self, names: Sequence[str]) -> "SuiteFolder":
+        """These variants and the comparisons among them; `ValueError` for one it lacks."""
+        known = [variant.name for variant in self.variants]
+        for name in names:
+            check(name in known, "--only", name, f"choose from {', '.join(known)}")
+        kept = {*names, BASE}
+        return replace(
+            self,
+            variants=tuple(variant for variant in self.variants if variant.name in kept),
+            comparisons=tuple(c for c in self.comparisons if {c.variant, c.control} <= kept),
+        )
 
     def run(self, variant: str, seed: int) -> RunFolder:
         """The run folder of a variant (or of `BASE`) and a seed."""

@@ -1,7 +1,7 @@
 """From a suite's folder to `report.md`, `figures/` and `tables/`."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,10 @@ class Evidence:
 
 
 def build_report(
-    folder: Path, margin: float = MARGIN, resampling: Resampling | None = None
+    folder: Path,
+    margin: float = MARGIN,
+    resampling: Resampling | None = None,
+    only: Sequence[str] = (),
 ) -> Path:
     """Write the report of a suite from its run folders alone; complete or not.
 
@@ -54,14 +57,17 @@ def build_report(
         folder: the suite's folder, with `suite.json`.
         margin: nats per token within which two losses count as equivalent.
         resampling: how much is drawn for nulls and intervals.
+        only: variants to report, with the comparisons among them; all without.
 
     Returns:
         The path of `report.md`; `figures/*.png` and `tables/*.csv` stand beside it.
 
     Raises:
-        ValueError: when `suite.json` is missing or unusable, or the margin is not positive.
+        ValueError: when `suite.json` is missing or unusable, or lacks a variant of `only`, or the
+            margin is not positive.
     """
-    records = collect(read_suite(folder))
+    suite = read_suite(folder)
+    records = collect(suite.only(only) if only else suite)
     evidence = gather(records, margin, resampling or Resampling())
     write_tables(evidence, folder / "tables")
     shown = write_figures(evidence, folder / "figures")
