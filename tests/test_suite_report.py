@@ -185,6 +185,7 @@ def test_report_has_every_section_figure_and_table(whole: Path) -> None:
     assert "`optim.lb_coef` 0.0 (not 0.01)" in text
     assert "python -m moe_emergence.suite run synthetic" in text
     assert "| no-lb | 5 of 5 (57–100%) |" in text
+    assert "Length of training" not in text
     for name in ("comparisons", "losses", "specialisation", "loads", "warning"):
         assert f"(figures/{name}.png)" in text
         assert (whole / f"figures/{name}.png").stat().st_size > 5000

@@ -22,7 +22,7 @@ _NOT_COMPARED = frozenset(
 )  # fmt: skip
 """Where a run is, and how it is executed; not what it computes."""
 
-_LENGTH = "optim.max_steps"
+LENGTH = "optim.max_steps"
 _SCHEDULE = ("seed", "optim.learning_rate", "optim.warmup_fraction")
 
 
@@ -76,9 +76,9 @@ def _unlike(records: Records, comparison: Comparison, seed: int) -> Iterator[str
         return
     changed = config_differences(configs[0], configs[1])
     if comparison.matched == "flops":
-        changed.pop(_LENGTH, None)
-    elif _LENGTH in changed:
-        yield f"schedules of {changed[_LENGTH][0]} and {changed[_LENGTH][1]} steps"
+        changed.pop(LENGTH, None)
+    elif LENGTH in changed:
+        yield f"schedules of {changed[LENGTH][0]} and {changed[LENGTH][1]} steps"
     yield from (f"unlike {name}" for name in _SCHEDULE if name in changed)
     rows = [c["optim"]["batch_size"] * c["optim"]["grad_accum_steps"] for c in configs if c]
     if rows[0] != rows[1]:

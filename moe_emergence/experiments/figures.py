@@ -12,6 +12,7 @@ from moe_emergence.config import DOMAINS
 from moe_emergence.experiments.collapse_study import CollapseStudy
 from moe_emergence.experiments.collect import ALL
 from moe_emergence.experiments.description import Comparison
+from moe_emergence.experiments.lengths import BITS, LOSS
 from moe_emergence.experiments.specialisation import DOMAIN_LABEL, NULL_ROUTERS, TYPE_LABEL
 
 # Okabe and Ito's palette, told apart with any common colour vision
@@ -151,6 +152,35 @@ def plot_specialisation(table: pd.DataFrame) -> Figure:
     figure.suptitle(
         "Dots: seeds; line: mean; dotted: permuted labels; grey: null models", fontsize=10
     )
+    return figure
+
+
+def plot_lengths(table: pd.DataFrame) -> Figure:
+    """Left: variant minus control over the length of training. Right: bits. Bars: 95% intervals."""
+    figure = Figure(figsize=(11, 4.0), layout="constrained")
+    titles = {
+        LOSS: "difference in final lm_loss (nats per token)",
+        BITS: "I(expert; domain), mean over layers (bits)",
+    }
+    for axis, (measure, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        here = table[table["measure"] == measure]
+        for place, (of, runs) in enumerate(here.groupby("of", sort=False)):
+            reach = [runs["mean"] - runs["low"], runs["high"] - runs["mean"]]
+            axis.errorbar(
+                runs["steps"], runs["mean"], reach, label=of, marker="o", ms=5, capsize=3,
+                **style(place),
+            )  # fmt: skip
+        steps = sorted(here["steps"].unique())
+        axis.set_xscale("log")
+        axis.set_xticks(steps, [f"{step:,}" for step in steps])
+        axis.minorticks_off()
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        if len(here):
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        if measure == LOSS:
+            axis.axhline(0, color=GREY, linewidth=0.8)
+    figure.supxlabel("training steps, each length with a schedule of its own", fontsize=10)
     return figure
 
 

@@ -1,14 +1,20 @@
 """What a suite says of stable routing and of modules, as Markdown."""
 
+import numpy as np
 import pandas as pd
 
 from moe_emergence.experiments.paired import paired_difference
 from moe_emergence.experiments.tables import interval, markdown, number, share_of
 
+MOST_STEPS = 8
+"""Columns of the table of churn; `tables/churn.csv` has every evaluation."""
+
 
 def churn_section(table: pd.DataFrame) -> str:
-    """Churn per variant at every evaluation, layers and seeds together."""
-    steps = sorted(table["step"].unique())
+    """Churn per variant at evaluations from the first to the last, layers and seeds together."""
+    every = sorted(table["step"].unique())
+    places = np.linspace(0, len(every) - 1, min(len(every), MOST_STEPS)).round().astype(int)
+    steps = [every[place] for place in places]
     rows = []
     for variant, runs in table.groupby("variant", sort=False):
         by_step = runs.groupby("step")["churn"].mean()

@@ -19,6 +19,7 @@ from moe_emergence.experiments.collapse_study import CollapseStudy, loads, study
 from moe_emergence.experiments.collect import Records, collect, final_losses
 from moe_emergence.experiments.comparisons import MARGIN, compare
 from moe_emergence.experiments.description import BASE, SuiteFolder, read_suite
+from moe_emergence.experiments.lengths import lengths, lengths_section
 from moe_emergence.experiments.modules import churn_section, modules_section
 from moe_emergence.experiments.specialisation import (
     Resampling,
@@ -42,6 +43,7 @@ class Evidence:
     specialisation: pd.DataFrame
     against_nulls: pd.DataFrame
     unread: list[str]
+    lengths: pd.DataFrame
     collapse: CollapseStudy
 
 
@@ -80,13 +82,15 @@ def build_report(
 def gather(records: Records, margin: float, resampling: Resampling) -> Evidence:
     """Do all the statistics."""
     table, unread = specialisation(records, tokenizer_types(records.suite), resampling)
+    compared = compare(records, margin)
     return Evidence(
         records,
         margin,
-        compare(records, margin),
+        compared,
         table,
         against_nulls(table),
         unread,
+        lengths(records, compared, table),
         study_collapse(records),
     )
 
@@ -141,6 +145,7 @@ def write_tables(evidence: Evidence, folder: Path) -> None:
         "comparisons": evidence.comparisons,
         "specialisation": evidence.specialisation,
         "specialisation_against_nulls": evidence.against_nulls,
+        "lengths": evidence.lengths,
         "router_entropy": records.entropies,
         "largest_share": largest_shares(records),
         "churn": records.churn,
@@ -174,6 +179,8 @@ def _figures(evidence: Evidence) -> Iterator[tuple[str, Figure]]:
         yield "losses", figures.plot_losses(records.losses, variants, records.suite.comparisons)
     if len(evidence.specialisation):
         yield "specialisation", figures.plot_specialisation(evidence.specialisation)
+    if len(evidence.lengths):
+        yield "lengths", figures.plot_lengths(evidence.lengths)
     largest = largest_shares(records)
     if len(largest):
         key = next(iter(loads(records)))
@@ -214,6 +221,11 @@ def report_text(evidence: Evidence, shown: set[str]) -> str:
             evidence.specialisation, evidence.against_nulls, evidence.unread
         )
         + picture("specialisation", "Information per variant and layer"),
+        "## Length of training\n\n"
+        + lengths_section(evidence.lengths)
+        + picture("lengths", "Differences and information over the length of training")
+        if len(evidence.lengths)
+        else "",
         "## Churn\n\n" + churn_section(records.churn) if len(records.churn) else "",
         "## Modules\n\n" + modules_section(records.modules) if len(records.modules) else "",
         "## Collapse\n\n"
