@@ -1,5 +1,6 @@
 """Shared fixtures: a small folder of data, and configurations that train on it in a second."""
 
+import gc
 import importlib.util
 import json
 import logging
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("grid"):
                 item.add_marker(pytest.mark.skip(reason="compiled by pytest -m grid"))
+
+
+def pytest_collection_finish() -> None:
+    """What imports left is no garbage to search: some libraries collect with every call."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

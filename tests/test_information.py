@@ -128,6 +128,31 @@ def test_token_type_null_is_that_of_shuffled_types(top_k: int) -> None:
     assert stats.ks_2samp(test.null, shuffled).pvalue > 0.001
 
 
+@given(
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    most=st.sampled_from([1, 30]),
+    seed=st.integers(0, 1000),
+)
+def test_permuted_tables_keep_both_margins(shape: tuple[int, int], most: int, seed: int) -> None:
+    table = np.random.default_rng(seed).integers(0, most + 1, shape)
+    table[:, 0] += 1  # every row has counts
+    drawn = np.concatenate(list(info.permuted_tables(table, 7, seed)))
+    assert len(drawn) == 7
+    assert (drawn >= 0).all()
+    assert (drawn.sum(axis=2) == table.sum(axis=1)).all()
+    assert (drawn.sum(axis=1) == table.sum(axis=0)[table.any(axis=0)]).all()
+
+
+@pytest.mark.parametrize(("experts", "types"), [(1, 5), (4, 1), (1, 1)])
+def test_one_expert_or_one_type_carries_nothing(experts: int, types: int) -> None:
+    rng = np.random.default_rng(5)
+    chosen, labels = rng.integers(0, experts, (400, 1)), rng.integers(0, types, 400)
+    test = info.token_type_null(chosen, labels, 6, 5, permutations=19, seed=0)
+    assert test.observed == pytest.approx(0, abs=1e-12)
+    assert test.null == pytest.approx(np.zeros(19), abs=1e-12)
+    assert test.p_value == 1
+
+
 def test_conditional_information_weighs_the_domains() -> None:
     tests = [info.NullTest(1.0, np.array([0.2, 0.4])), info.NullTest(0.0, np.array([0.0, 0.2]))]
     pooled = info.conditional(tests, [300, 100])

@@ -8,13 +8,13 @@ Y labels, P permutations, B resamples.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import stats
+from scipy import special, stats
 
 Ints = npt.NDArray[np.integer[Any]]
 Floats = npt.NDArray[np.float64]
@@ -72,8 +72,10 @@ def normalised_information(
 
 def _entropy(counts: Floats) -> Floats:
     """Entropy in bits over the last axis; 0 where there are no counts."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.nan_to_num(np.asarray(stats.entropy(counts, base=2, axis=-1)))
+    total = counts.sum(axis=-1, keepdims=True)
+    shares = counts / np.where(total > 0, total, 1.0)
+    bits: Floats = special.entr(shares).sum(axis=-1) / math.log(2)
+    return bits
 
 
 def expert_counts(experts: Ints, num_experts: int) -> Ints:
@@ -144,10 +146,9 @@ def token_type_null(
 ) -> NullTest:
     """I(expert; token type) against types permuted among the tokens given: those of one domain.
 
-    A token's K experts stay together, so what is permuted is its set of experts: the tables of
-    sets by types have fixed margins, and `scipy.stats.random_table` draws them directly. Tokens
-    are taken to be exchangeable within the domain, which neighbouring tokens are not quite; the
-    null models of `experiments/specialisation.py` do not need that.
+    A token's K experts stay together, so what is permuted is its set of experts. Tokens are taken
+    to be exchangeable within the domain, which neighbouring tokens are not quite; the null models
+    of `experiments/specialisation.py` do not need that.
 
     Args:
         experts: (T, K) of the domain's T tokens.
@@ -159,13 +160,26 @@ def token_type_null(
     members = np.zeros((len(sets), num_experts))
     np.add.at(members, (np.arange(len(sets))[:, None], sets), 1.0)
     observed = mutual_information(table.T @ members)
-    used = table[:, table.any(axis=0)]
-    drawn = stats.random_table(used.sum(axis=1), used.sum(axis=0), seed=seed)
     null = [
-        mutual_information(np.swapaxes(drawn.rvs(size=size), 1, 2) @ members)
-        for size in _chunks(permutations, table.size)
+        mutual_information(np.swapaxes(drawn, 1, 2) @ members)
+        for drawn in permuted_tables(table, permutations, seed)
     ]
     return NullTest(float(observed), np.concatenate(null))
+
+
+def permuted_tables(table: Ints, permutations: int, seed: int) -> Iterator[Ints]:
+    """Tables (size, Y', E') with the margins of `table` (Y, E), as permuted labels give them.
+
+    Columns without counts are left out; rows must have some. The sizes add up to `permutations`.
+    Drawn directly by `scipy.stats.random_table` (Patefield 1981).
+    """
+    used = table[:, table.any(axis=0)]
+    if min(used.shape) == 1:  # the one possible table; SciPy 1.17 draws its last count negative
+        yield np.broadcast_to(used, (permutations, *used.shape))
+        return
+    drawn = stats.random_table(used.sum(axis=1), used.sum(axis=0), seed=seed)
+    for size in _chunks(permutations, table.size):
+        yield drawn.rvs(size=size).reshape(size, *used.shape)
 
 
 def conditional(tests: Sequence[NullTest], weights: Sequence[float]) -> NullTest:

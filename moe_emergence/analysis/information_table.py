@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from moe_emergence.analysis import information as info
 from moe_emergence.analysis.counts import LayerCounts
@@ -114,15 +113,10 @@ def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, An
 
 
 def type_null(table: info.Ints, permutations: int, seed: int) -> info.NullTest:
-    """I(type; first expert) of the table (Y, E) against types permuted among the tokens.
-
-    Permuted tokens keep both margins, so the tables are drawn directly
-    (`scipy.stats.random_table`; Patefield 1981).
-    """
-    used = table[table.any(axis=1)][:, table.any(axis=0)]
-    drawn = stats.random_table(used.sum(axis=1), used.sum(axis=0), seed=seed)
-    null = info.mutual_information(drawn.rvs(size=permutations))
-    return info.NullTest(float(info.mutual_information(table)), np.atleast_1d(null))
+    """I(type; first expert) of the table (Y, E) against types permuted among the tokens."""
+    tables = info.permuted_tables(table[table.any(axis=1)], permutations, seed)
+    null = np.concatenate([info.mutual_information(drawn) for drawn in tables])
+    return info.NullTest(float(info.mutual_information(table)), null)
 
 
 def _row(
