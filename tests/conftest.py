@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -41,11 +42,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if config.getoption("numprocesses", default=0) is None and not alone and not is_worker:
         config.option.numprocesses = min(os.cpu_count() or 1, 8)
         config.option.dist = "loadfile"  # fixtures of a file are made once
+        config.option.loadscopereorder = False
         config.option.benchmark_disable = True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The whole grid of compilations is for `-m grid` alone."""
+    """Files of few tests come first: theirs are the longest, and no worker ends alone with one.
+
+    The whole grid of compilations is for `-m grid` alone.
+    """
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])
     if "grid" not in config.getoption("-m"):
         for item in items:
             if item.get_closest_marker("grid"):
