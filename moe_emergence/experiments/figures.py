@@ -18,6 +18,7 @@ from moe_emergence.experiments.specialisation import DOMAIN_LABEL, NULL_ROUTERS,
 # Okabe and Ito's palette, told apart with any common colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 LINES = ("-", "--", "-.", ":")
+MARKERS = ("", "o", "s", "^")
 GREY = "#888888"
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "equivalent": "#009E73"}
 
@@ -83,7 +84,7 @@ def plot_losses(
             index=["seed", "step"], columns="variant", values="lm_loss"
         )
         above, below = axes[:, column]
-        earlier = Counter[str]()  # a variant keeps its colour against every control
+        earlier = Counter[str]()  # a variant keeps its line against every control
         for place, variant in enumerate(variants):
             if variant in table:
                 mean = table[variant].dropna().groupby("step").mean()
@@ -93,7 +94,7 @@ def plot_losses(
             if comparison.matched == "steps" and variant in table and control in table:
                 gap = (table[variant] - table[control]).dropna().groupby("step").mean()
                 line = style(variants.index(variant))
-                line["linestyle"] = LINES[earlier[variant] % len(LINES)]
+                line["marker"] = MARKERS[earlier[variant] % len(MARKERS)]
                 earlier[variant] += 1
                 below.plot(gap.index, gap, label=f"{variant} − {control}", **line)
         below.axhline(0, color=GREY, linewidth=0.8)

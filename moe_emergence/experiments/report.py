@@ -135,7 +135,7 @@ def largest_shares(records: Records) -> pd.DataFrame:
 
 
 def write_tables(evidence: Evidence, folder: Path) -> None:
-    """Every table as CSV, the numbers behind every figure included."""
+    """Every table there is as CSV, the numbers behind every figure included; no older ones."""
     folder.mkdir(parents=True, exist_ok=True)
     records, collapse = evidence.records, evidence.collapse
     for name, table in {
@@ -154,7 +154,11 @@ def write_tables(evidence: Evidence, folder: Path) -> None:
         "collapse_roc": collapse.roc,
         "collapse_ranking": collapse.ranking,
     }.items():
-        table.to_csv(folder / f"{name}.csv", index=False, float_format="%.6g")
+        path = folder / f"{name}.csv"
+        if table.empty:
+            path.unlink(missing_ok=True)
+        else:
+            table.to_csv(path, index=False, float_format="%.6g")
 
 
 def write_figures(evidence: Evidence, folder: Path) -> set[str]:
