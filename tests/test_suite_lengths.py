@@ -1,5 +1,6 @@
 """Recipes run at several lengths: differences and information over the length of training."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,8 +63,11 @@ def test_what_was_planted_is_found_at_each_length(tmp_path: Path) -> None:
     assert list(losses["mean"]) == pytest.approx([-0.05, -0.2], abs=0.02)
     assert (losses["low"] < losses["mean"]).all()
     assert (losses["mean"] < losses["high"]).all()
-    row = lengths_section(table).splitlines()[-1]
-    assert row.count(" to ") == 2
+    *_, of_bits, of_loss = lengths_section(table).splitlines()
+    assert re.fullmatch(r"\| bits \| moe( \| \d\.\d\d \(\d\.\d\d to \d\.\d\d\)){2} \|", of_bits)
+    assert re.fullmatch(
+        r"\| loss \| moe − dense( \| -0\.\d{4} \(-0\.\d{4} to -0\.\d{4}\)){2} \|", of_loss
+    )
 
 
 def test_the_report_draws_and_tells_it(tmp_path: Path) -> None:

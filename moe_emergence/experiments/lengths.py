@@ -74,9 +74,10 @@ def lengths_section(table: pd.DataFrame) -> str:
     steps = sorted(table["steps"].unique())
     rows = []
     for (measure, of), here in table.groupby(["measure", "of"], sort=False):
+        digits, signed = (4, True) if measure == LOSS else (2, False)
         cells = {
-            row.steps: number(row.mean, 4 if measure == LOSS else 2, signed=measure == LOSS)
-            + (f" ({interval(row.low, row.high)})" if row.n > 1 else "")
+            row.steps: number(row.mean, digits, signed=signed)
+            + (f" ({interval(row.low, row.high, digits, signed=signed)})" if row.n > 1 else "")
             for row in here.itertuples(index=False)
         }
         rows.append([str(measure), str(of), *(cells.get(step, "") for step in steps)])
