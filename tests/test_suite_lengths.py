@@ -12,7 +12,7 @@ from suite_folders import SEEDS, VariantPlan, random_experts, specialists, write
 from moe_emergence.experiments.collect import collect
 from moe_emergence.experiments.description import read_suite
 from moe_emergence.experiments.figures import plot_lengths
-from moe_emergence.experiments.lengths import BITS, LOSS, lengths_section, recipes
+from moe_emergence.experiments.lengths import BITS, LOSS, lengths, lengths_section, recipes
 from moe_emergence.experiments.modules import churn_section
 from moe_emergence.experiments.report import build_report, gather
 from moe_emergence.experiments.specialisation import Resampling
@@ -33,10 +33,6 @@ PLANS = (
 )  # fmt: skip
 
 
-def found_in(folder: Path) -> pd.DataFrame:
-    return gather(collect(read_suite(folder)), 0.01, FEW).lengths
-
-
 def test_recipes_differ_in_length_alone(tmp_path: Path) -> None:
     extra = replace(PLANS[-1], name="moe-2000", optim={"max_steps": 2000, "z_coef": 0.5})
     folder = write_suite(tmp_path, (*PLANS, extra), seeds=[0])
@@ -51,7 +47,8 @@ def test_recipes_differ_in_length_alone(tmp_path: Path) -> None:
 
 
 def test_what_was_planted_is_found_at_each_length(tmp_path: Path) -> None:
-    table = found_in(write_suite(tmp_path, PLANS))
+    evidence = gather(collect(read_suite(write_suite(tmp_path, PLANS))), 0.01, FEW)
+    table = evidence.lengths
     assert list(zip(table["measure"], table["of"], table["steps"], table["n"], strict=True)) == [
         (BITS, "moe", 100, len(SEEDS)),
         (BITS, "moe", 1000, len(SEEDS)),
@@ -63,6 +60,9 @@ def test_what_was_planted_is_found_at_each_length(tmp_path: Path) -> None:
     assert list(losses["mean"]) == pytest.approx([-0.05, -0.2], abs=0.02)
     assert (losses["low"] < losses["mean"]).all()
     assert (losses["mean"] < losses["high"]).all()
+    at_equal_flops = evidence.comparisons.assign(matched="flops")  # of no one length
+    others = lengths(evidence.records, at_equal_flops, evidence.specialisation)
+    assert set(others["measure"]) == {BITS}
     *_, of_bits, of_loss = lengths_section(table).splitlines()
     assert re.fullmatch(r"\| bits \| moe( \| \d\.\d\d \(\d\.\d\d to \d\.\d\d\)){2} \|", of_bits)
     assert re.fullmatch(
@@ -72,11 +72,14 @@ def test_what_was_planted_is_found_at_each_length(tmp_path: Path) -> None:
 
 def test_the_report_draws_and_tells_it(tmp_path: Path) -> None:
     folder = write_suite(tmp_path, PLANS, seeds=[0])
+    (folder / "tables").mkdir()
+    (folder / "tables/modules.csv").write_text("of earlier runs\n")
     text = build_report(folder, resampling=FEW).read_text()
     assert "## Length of training" in text
     assert "| measure | of | 100 steps | 1,000 steps |" in text
     assert "(figures/lengths.png)" in text
     table = pd.read_csv(folder / "tables/lengths.csv")
+    assert not (folder / "tables/modules.csv").exists()
     assert table[["low", "high"]].isna().all(axis=None)
     axes = plot_lengths(table).axes
     assert [len(axis.containers) for axis in axes] == [1, 1]
