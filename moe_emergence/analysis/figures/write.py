@@ -140,6 +140,7 @@ def write_figures(folder: Path) -> list[Path]:
             table = tables.get(figure_of.table)
             figure = None if table is None else figure_of.draw(table)
             if figure is not None:
+                _lay_out(figure)
                 for suffix in ("png", "svg"):
                     written.append(place / f"{name}.{suffix}")
                     _save(figure, written[-1])
@@ -152,6 +153,14 @@ def write_figures(folder: Path) -> list[Path]:
         if stale.suffix in (".png", ".svg", ".gif"):
             stale.unlink()
     return written
+
+
+def _lay_out(figure: Figure) -> None:
+    """Place everything once, which takes as long as drawing: each file and frame would do it."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -199,6 +208,8 @@ def animation(table: pd.DataFrame) -> tuple[Figure, list[int], Callable[[int], l
 def _animate(table: pd.DataFrame, path: Path) -> None:
     figure, steps, draw = animation(table)
     FigureCanvasAgg(figure)
+    draw(steps[-1])
+    _lay_out(figure)
     film = FuncAnimation(figure, draw, frames=steps, blit=False)
     try:
         film.save(path, writer=PillowWriter(fps=2), dpi=80)
