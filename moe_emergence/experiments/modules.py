@@ -48,7 +48,7 @@ def modules_section(table: pd.DataFrame) -> str:
         "The quarter of each layer's experts that a domain loses most without, named on one half "
         "of the evaluation blocks, is taken away on the other. It passes if the domain loses more "
         "than without 95% of 100 random sets of that size and about that load and twice their "
-        "mean, and the other domains lose at most a third of it. Nats per token; intervals over "
-        "seeds."
+        "mean, its interval over the text is above 0, and the other domains lose at most a third "
+        "of it. Nats per token; the intervals here are over seeds."
     )
     return text + "\n\n" + markdown(header, rows)

@@ -88,8 +88,8 @@ FIGURES: dict[str, FigureOf] = {
     ),
     "regret": FigureOf(
         "regret", subjects.plot_regret,
-        "How far below that of an expert drawn evenly a token's loss is with its router's expert "
-        "(95% interval over tokens), and how far it would be with the best one.",
+        "How much lower a token's loss is with its router's expert than with one drawn evenly "
+        "(95% interval over tokens), and how much lower yet it would be with the best one.",
     ),
     "similarity": FigureOf(
         "similarity", subjects.plot_similarity,
