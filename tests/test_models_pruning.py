@@ -16,15 +16,24 @@ from moe_emergence.models.pruning import keep_experts
 KEPT = {1: [3, 0], 3: [1, 2]}
 
 
+def biased(top_k: int) -> Any:
+    """A model whose balancing biases would choose an expert of no probability."""
+    model = make_model(top_k, use_expert_bias=True)
+    with torch.no_grad():
+        for layer in model.moe_layers().values():
+            layer.router.expert_bias.copy_(torch.tensor([0.3, -0.3, 0.6, 0.0]))
+    return model
+
+
 def models() -> list[Any]:
     return [
-        make_model(1), make_model(2), make_model(1, use_expert_bias=True),
+        make_model(1), make_model(2), biased(1), biased(2),
         make_model(1, router="frozen"), make_model(1, top1_weight="probability"),
         make_mixture("llama", 1), make_mixture("qwen3", 2),
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("place", range(7))
+@pytest.mark.parametrize("place", range(8))
 def test_it_is_the_model_without_the_others(place: int, tmp_path: Path) -> None:
     model = models()[place].eval()
     smaller = keep_experts(model, KEPT)

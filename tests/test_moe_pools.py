@@ -251,6 +251,10 @@ def test_what_has_no_pools_is_refused() -> None:
         upcycle(make_dense(), [1], 4, 2, pool_size=2, router="hash")
     with pytest.raises(ValueError, match="--pool-size 2"):
         ModelConfig(router="hash", pool_size=2)
+    with pytest.raises(ValueError, match="pool_size 2: the balancing bias"):
+        upcycle(make_dense(), [1], 4, 2, pool_size=2, use_expert_bias=True)
+    with pytest.raises(ValueError, match="--pool-size 2: the bias of --expert-bias-rate"):
+        ModelConfig(expert_bias_rate=0.01, pool_size=2)
     with pytest.raises(ValueError, match="pool_size: their routers"):
         to_transformers(models()[1])
     with pytest.raises(ValueError, match="pass input_ids"):

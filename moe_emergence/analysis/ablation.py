@@ -137,12 +137,19 @@ def without_experts(removed: Mapping[RouterInfo, Collection[int]]) -> Iterator[N
 
 
 def _rerouting(experts: Collection[int]) -> Any:
+    gone = list(experts)
+
     def hook(module: nn.Module, inputs: Any, output: Any) -> RouterDecision:
         assert isinstance(module, TopKRouter)
         # a finite number: log(0) times a probability of 0 would be NaN in the sums
         logits = output.router_logits.clone()
-        logits[:, list(experts)] = -1e9
-        routing = route(logits, module.top_k, None, module.expert_bias)
+        logits[:, gone] = -1e9
+        bias_E = module.expert_bias
+        if bias_E is not None:
+            # the choice is by probability and bias: neither may bring one back
+            bias_E = bias_E.clone()
+            bias_E[gone] = -1e9
+        routing = route(logits, module.top_k, None, bias_E)
         weights = routing.weights_TK
         if module.weigh_by_probability:
             weights = routing.probs_TE.gather(1, routing.experts_TK)

@@ -105,6 +105,12 @@ class ModelConfig:
             f"give 0, or for no hash router a number from --top-k ({self.top_k}) to --num-experts "
             f"({self.num_experts})",
         )
+        check(
+            self.pool_size == 0 or self.expert_bias_rate == 0,
+            "--pool-size",
+            self.pool_size,
+            "the bias of --expert-bias-rate would choose experts outside the pool; give 0 for one",
+        )
         check(self.frozen_layers >= 0, "--frozen-layers", self.frozen_layers, "give 0 or more")
         check(
             self.frozen_layers == 0 or self.dropout == 0,

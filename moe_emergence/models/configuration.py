@@ -83,7 +83,13 @@ class MixtureConfig:
                 f"num_experts ({self.num_experts})"
             )
         if self.pool_size:
-            check_pool_size(self.pool_size, self.num_experts_per_tok, self.num_experts, self.router)
+            check_pool_size(
+                self.pool_size,
+                self.num_experts_per_tok,
+                self.num_experts,
+                self.router,
+                self.use_expert_bias,
+            )
             # there is nothing yet to keep the read part of a document in
             self.use_cache = False
 

@@ -14,7 +14,8 @@ from moe_emergence.moe import TopKRouter
 def keep_experts(model: MixtureModel, kept: Mapping[int, Sequence[int]]) -> Any:
     """A model of the same class with the experts `kept[layer]` alone, in that order.
 
-    Tokens go to the best of those that are left: what `analysis.ablation` measures by rerouting.
+    Tokens go to the best of those that are left: what `analysis.ablation` measures by rerouting,
+    but for document pools, which here are of the experts that are left.
 
     Raises:
         ValueError: when a mixture layer is not named, for other experts than the layer has, for

@@ -77,11 +77,16 @@ def _sums_since(x_BLE: Tensor, begins_BL: Tensor) -> Tensor:
     return x_BLE
 
 
-def check_pool_size(size: int, top_k: int, num_experts: int, router: str) -> None:
-    """Refuse a pool that is no choice, and routers that make none."""
+def check_pool_size(size: int, top_k: int, num_experts: int, router: str, bias: bool) -> None:
+    """Refuse a pool that is no choice, and routers that make none or look beyond it."""
     if not top_k <= size <= num_experts:
         raise ValueError(
             f"pool_size {size}: give a number from top_k ({top_k}) to num_experts ({num_experts})"
         )
     if router == "hash":
         raise ValueError(f"pool_size {size}: a hash router has no probabilities; give 0")
+    if bias:
+        raise ValueError(
+            f"pool_size {size}: the balancing bias would choose experts outside the pool; give 0, "
+            "or no expert bias"
+        )
