@@ -18,7 +18,7 @@ from moe_emergence.experiments.execute import Execution, execute, is_complete
 from moe_emergence.experiments.plan import PlannedRun, describe, plan_runs
 from moe_emergence.experiments.report import build_report
 from moe_emergence.experiments.suite_file import Suite, load_suite
-from moe_emergence.run_folder import write_json
+from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import check
 
 PROG = "python -m moe_emergence.suite"
@@ -29,7 +29,7 @@ class SuiteOptions:
     """What every verb takes."""
 
     suite: Annotated[str, tyro.conf.Positional] = "demo"
-    """Name of a suite (demo, ablations, predecessor) or a .toml file of your own."""
+    """Name of a built-in suite, or a .toml file of your own."""
     only: tuple[str, ...] = ()
     """Only these variants (and the bases they need)."""
     out: str | None = None
@@ -135,7 +135,9 @@ def run_suite(options: RunOptions) -> int:
     suite, runs = _planned(options)
     if options.budget is not None:
         _print_estimate(options, runs)
-    write_json(options.root / "suite.json", describe(suite, _command()))
+    for planned in runs:
+        is_complete(planned)  # refuses folders of other settings, before anything is written
+    _write_description(suite, options.root)
     execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
     states = execute(runs, execution)
     counts = {name: sum(s.state == name for s in states) for name in {s.state for s in states}}
@@ -144,6 +146,16 @@ def run_suite(options: RunOptions) -> int:
     if "failed" in counts:
         return 1
     return 0 if set(counts) == {"complete"} else INTERRUPTED
+
+
+def _write_description(suite: Suite, root: Path) -> None:
+    """`suite.json`, which keeps the seeds that were run before."""
+    path = root / "suite.json"
+    described = describe(suite, _command())
+    before = read_json(path) if path.exists() else {}
+    if before.get("name") == suite.name:
+        described["seeds"] = list(dict.fromkeys([*before["seeds"], *suite.seeds]))
+    write_json(path, described)
 
 
 def _planned(options: PlanOptions) -> tuple[Suite, list[PlannedRun]]:

@@ -22,6 +22,8 @@ from moe_emergence.experiments.live import read_progress
 from moe_emergence.experiments.plan import PlannedRun, plan_runs
 from moe_emergence.experiments.suite_file import load_suite
 from moe_emergence.models import MoEGPT2Config, MoEGPT2LMHeadModel
+from moe_emergence.run_folder import RunFolder, write_json
+from moe_emergence.settings import to_dict
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +108,23 @@ def test_a_run_from_before_a_setting_existed_stays_complete(stand_in: StandIn) -
     stand_in.calls()
     assert set(by_name(stand_in.execute()).values()) == {"complete"}
     assert stand_in.calls() == []
+
+
+def test_a_folder_keeps_its_seeds_and_is_left_alone_when_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suite, "execute", lambda runs, execution: [])
+    path = tmp_path / "suite.json"
+    for seed in ("3", "4", "3"):
+        suite.main(["run", str(TINY), "--out", str(tmp_path), "--seeds", seed])
+    assert json.loads(path.read_text())["seeds"] == [3, 4]
+    before = path.read_text()
+    other = to_dict(next(r for r in plan_runs(load_suite(str(TINY)), tmp_path)).config)
+    other["optim"]["learning_rate"] = 0.5
+    write_json(RunFolder(tmp_path / "base" / "seed-0").config, other)
+    with pytest.raises(ValueError, match="seed-0"):
+        suite.main(["run", str(TINY), "--out", str(tmp_path), "--seeds", "0"])
+    assert path.read_text() == before
 
 
 def test_one_failure_does_not_lose_the_rest(stand_in: StandIn) -> None:

@@ -1,6 +1,7 @@
 """Recipes run at several lengths: differences and information over the length of training."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def test_recipes_differ_in_length_alone(tmp_path: Path) -> None:
         "frozen": ("frozen", 100),
         "moe-2000": ("moe-2000", 2000),
     }
+
+
+def test_a_seed_that_is_missing_splits_no_recipe(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path, PLANS, seeds=[0, 1])
+    shutil.rmtree(tmp_path / "moe-1000" / "seed-0")
+    assert recipes(collect(read_suite(folder)))["moe-1000"] == ("moe", 1000)
 
 
 def test_what_was_planted_is_found_at_each_length(tmp_path: Path) -> None:

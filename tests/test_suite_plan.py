@@ -162,6 +162,27 @@ def test_suite_json_is_read_back_by_the_report(tmp_path: Path) -> None:
     assert steps > 300
 
 
+def test_a_base_is_whole_and_shares_the_split_of_its_variants(tmp_path: Path) -> None:
+    changes = {"data.split_seed": None, "model.frozen_layers": 1}
+    suite = replace(load_suite(str(TINY)), changes={**load_suite(str(TINY)).changes, **changes})
+    for seed, group in itertools.groupby(
+        plan_runs(replace(suite, seeds=(3, 4)), tmp_path), key=lambda run: run.seed
+    ):
+        base, *variants = group
+        assert base.config.model.frozen_layers == 0
+        assert {run.config.model.frozen_layers for run in variants} == {1}
+        # else the base would be trained on what the variants are evaluated on
+        assert {run.config.data.split_seed for run in (base, *variants)} == {seed}
+
+
+def test_what_the_command_line_says_goes_before_what_a_variant_says() -> None:
+    suite = load_suite(str(TINY))
+    other = replace(suite.variants[0], changes={**suite.variants[0].changes, "data.data": "hub"})
+    suite = replace(suite, variants=(other, *suite.variants[1:]))
+    configs = variant_configs(suite, {"data.data": "embedded"})
+    assert {config.data.data for config in configs.values()} == {"embedded"}
+
+
 BROKEN = {
     "not toml": ("seeds = [", "not TOML"),
     "no variants": ('preset = "demo"\nseeds = [0]\n', "not a suite"),

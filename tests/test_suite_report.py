@@ -121,6 +121,16 @@ def test_steps_that_differ_are_not_compared_unless_flops_are_matched(tmp_path: P
     assert "final steps 120 and 100" in row["left_out"]
 
 
+def test_a_run_that_ended_early_is_not_compared_at_equal_flops(tmp_path: Path) -> None:
+    plans = [plan for plan in PLANS if plan.name in ("dense", "moe", "dense-flops")]
+    folder = write_suite(tmp_path, plans, seeds=(0, 1, 2))
+    path = tmp_path / "dense-flops" / "seed-1" / "run_summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "final_step": 40}))
+    row = one(compare(collect(read_suite(folder))), variant="dense-flops", domain="all")
+    assert row["n"] == 2
+    assert row["left_out"] == "seed 1: dense-flops ended at step 40 of 120"
+
+
 @pytest.mark.parametrize(
     ("optim", "reason"),
     [
@@ -225,11 +235,12 @@ def test_specialists_exceed_the_null_models_and_random_routers_do_not(records: R
         )
 
 
-@pytest.mark.parametrize(("setting", "other"), [("top_k", 1), ("pool_size", 0)])
+@pytest.mark.parametrize(("setting", "other"), [("top_k", 1), ("pool_size", 0), ("steps", 100)])
 def test_a_null_model_of_another_shape_is_none(setting: str, other: int, tmp_path: Path) -> None:
-    """With one expert per token for a variant with two, or without its document pools."""
+    """With one expert per token for a variant with two, without its pools, trained for longer."""
     two = VariantPlan(
-        "two", "frozen", model={setting: 2},
+        "two", "frozen", model={} if setting == "steps" else {setting: 2},
+        optim={"max_steps": 2} if setting == "steps" else {},
         experts=lambda domains, length, seed: random_experts(
             domains, length, seed, top_k=2 if setting == "top_k" else 1
         ),

@@ -21,7 +21,8 @@ class MonitorConfig:
     log_every: int = 10
     """Steps between writes of the metrics (every step has a row)."""
     log_router_every: int = 100
-    """Steps between rows with every expert's fraction and every layer's entropy."""
+    """Steps between rows with every expert's fraction and every layer's entropy; collapse checks
+    have such rows too."""
     collapse_threshold: float = 0.6
     """Share of a layer's assignments above which one expert counts as collapsed."""
     collapse_checks: int = 3

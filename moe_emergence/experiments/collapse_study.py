@@ -132,6 +132,8 @@ def judge_runs(records: Records) -> pd.DataFrame:
     """
     rows = []
     for (variant, seed), load in loads(records).items():
+        if (variant, seed) not in records.configs:
+            continue  # listed among the broken runs
         monitor = records.configs[variant, seed]["monitor"]
         top_k = int(records.setting(variant, seed, "model.top_k"))
         threshold, every = monitor["collapse_threshold"], monitor["collapse_every"]

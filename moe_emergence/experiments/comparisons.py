@@ -77,6 +77,10 @@ def _unlike(records: Records, comparison: Comparison, seed: int) -> Iterator[str
     changed = config_differences(configs[0], configs[1])
     if comparison.matched == "flops":
         changed.pop(LENGTH, None)
+        for (name, _), done in zip((variant, control), steps, strict=True):
+            planned = records.setting(name, seed, LENGTH)
+            if done != planned:
+                yield f"{name} ended at step {done} of {planned}"
     elif LENGTH in changed:
         yield f"schedules of {changed[LENGTH][0]} and {changed[LENGTH][1]} steps"
     yield from (f"unlike {name}" for name in _SCHEDULE if name in changed)

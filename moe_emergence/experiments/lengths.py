@@ -1,6 +1,7 @@
 """How differences move with the length of training, where a recipe is run at several lengths."""
 
 import re
+from typing import Any
 
 import pandas as pd
 
@@ -21,13 +22,11 @@ def recipes(records: Records) -> dict[str, tuple[str, int]]:
     name is that of the first, without a number at the end.
     """
     groups: list[list[str]] = []
-    configs = {variant: config for (variant, _), config in reversed(records.configs.items())}
+    configs: dict[str, dict[int, Any]] = {}
+    for (variant, seed), config in records.configs.items():
+        configs.setdefault(variant, {})[seed] = config
     for variant in (v.name for v in records.suite.variants if v.name in configs):
-        alike = (
-            group
-            for group in groups
-            if not {*config_differences(configs[variant], configs[group[0]])} - {LENGTH}
-        )
+        alike = (group for group in groups if _alike(configs[variant], configs[group[0]]))
         group = next(alike, None)
         if group is None:
             groups.append([variant])
@@ -37,8 +36,15 @@ def recipes(records: Records) -> dict[str, tuple[str, int]]:
     for group in groups:
         name = re.sub(r"[-_]?\d+$", "", group[0]) if len(group) > 1 else group[0]
         for variant in group:
-            found[variant] = name, int(configs[variant]["optim"]["max_steps"])
+            config = next(iter(configs[variant].values()))
+            found[variant] = name, int(config["optim"]["max_steps"])
     return found
+
+
+def _alike(one: dict[int, Any], other: dict[int, Any]) -> bool:
+    """Whether two variants, by seed, differ in length alone in the first seed that both have."""
+    both = [seed for seed in one if seed in other]
+    return bool(both) and not {*config_differences(one[both[0]], other[both[0]])} - {LENGTH}
 
 
 def lengths(

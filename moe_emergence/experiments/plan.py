@@ -57,15 +57,17 @@ def plan_runs(
     for seed in suite.seeds:
         if suite.base is not None:
             start = with_changes(get_preset(suite.preset), suite.changes, suite.name)
-            start = with_changes(start, {"model.moe_layers": ()}, suite.name)
+            whole = {"model.moe_layers": (), "model.frozen_layers": 0}
+            start = with_changes(start, whole, suite.name)
             base = with_changes(start, {**suite.base, **(overrides or {})}, suite.name)
-            runs.append(PlannedRun(BASE, seed, _placed(base, root, BASE, seed), False))
+            placed = _one_split(_placed(base, root, BASE, seed), seed)
+            runs.append(PlannedRun(BASE, seed, placed, False))
         for name, config in configs.items():
             placed = _placed(config, root, name, seed)
             if suite.base is not None:
                 model = replace(placed.model, base=str(runs_base(root, seed).final_model))
                 optim = replace(placed.optim, pretrain_steps=0)
-                placed = replace(placed, model=model, optim=optim)
+                placed = _one_split(replace(placed, model=model, optim=optim), seed)
             tested = name in suite.test_modules
             runs.append(PlannedRun(name, seed, placed, suite.base is not None, tested))
     return runs
@@ -85,8 +87,8 @@ def variant_configs(suite: Suite, overrides: Mapping[str, Any]) -> dict[str, Run
             config = found[variant.like]
         else:
             config = get_preset(variant.preset or suite.preset)
-            config = with_changes(config, {**suite.changes, **overrides}, where)
-        config = with_changes(config, variant.changes, where)
+            config = with_changes(config, suite.changes, where)
+        config = with_changes(config, {**variant.changes, **overrides}, where)
         if variant.flops_of is not None:
             steps = steps_for(training_flops(found[variant.flops_of]), config)
             config = with_changes(config, {"optim.max_steps": steps}, where)
@@ -124,6 +126,14 @@ def _placed(config: RunConfig, root: Path, variant: str, seed: int) -> RunConfig
         resume="auto",
         seed=seed + _BASE_SEEDS if variant == BASE else seed,
     )
+
+
+def _one_split(config: RunConfig, seed: int) -> RunConfig:
+    """With the split of the variants' seed, unless there is one for all: the base has another
+    seed, and would be trained on what they are evaluated on."""
+    if config.data.split_seed is not None:
+        return config
+    return replace(config, data=replace(config.data, split_seed=seed))
 
 
 def describe(suite: Suite, command: Sequence[str]) -> dict[str, Any]:

@@ -144,7 +144,8 @@ def specialisation(
 ) -> tuple[pd.DataFrame, list[str]]:
     """`routing_information` of every mixture run that ended, and what could not be read.
 
-    Columns: variant, seed, router, num_experts, top_k, pool_size, blocks, and those of the rows.
+    Columns: variant, seed, router, num_experts, top_k, pool_size, steps, blocks, and those of the
+    rows.
     """
     suite = records.suite
     rows: list[dict[str, Any]] = []
@@ -165,6 +166,7 @@ def specialisation(
                 "num_experts": num_experts,
                 "top_k": records.setting(variant, seed, "model.top_k"),
                 "pool_size": records.setting(variant, seed, "model.pool_size") or 0,
+                "steps": records.setting(variant, seed, "optim.max_steps"),
             }
             try:
                 routing = read_routing(path) if path.exists() else None
@@ -194,16 +196,17 @@ def against_nulls(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
     """Bits of every variant with a learned router less those of each null model, paired by seed.
 
     A null model counts for a variant only with as many experts, as many of them per token and in a
-    document's pool, and a mixture in the same layer. p-values are adjusted by Holm over all rows of
-    the same label.
+    document's pool, as many steps to train, and a mixture in the same layer. p-values are adjusted
+    by Holm over all rows of the same label.
     """
     if table.empty:
         return pd.DataFrame()
     rows = []
-    shape = ["num_experts", "top_k", "pool_size", "layer", "label"]
+    shape = ["num_experts", "top_k", "pool_size", "steps", "layer", "label"]
     learned = table[~table["router"].isin(NULL_ROUTERS)]
     nulls = table[table["router"].isin(NULL_ROUTERS)]
     for (variant, *key), runs in learned.groupby(["variant", *shape], sort=False):
+        *_, layer, label = key
         alike = nulls[(nulls[shape] == key).all(axis=1)]
         for null, controls in alike.groupby("variant", sort=False):
             pairs = runs.merge(controls, on="seed", suffixes=("", "_null"))
@@ -213,8 +216,8 @@ def against_nulls(table: pd.DataFrame, alpha: float = 0.05) -> pd.DataFrame:
                     {
                         "variant": variant,
                         "null": null,
-                        "layer": key[3],
-                        "label": key[4],
+                        "layer": layer,
+                        "label": label,
                         "bits": pairs["bits"].mean(),
                         "bits_null": pairs["bits_null"].mean(),
                         **asdict(paired_difference(gain)),

@@ -37,7 +37,8 @@ class Recorder:
     ) -> None:
         self.train_seconds = train_seconds
         self._run, self._is_main, self._tokens_per_step = run, is_main, tokens_per_step
-        self._router_every = config.monitor.log_router_every
+        # what the collapse detector sees is on record
+        self._router_every = config.monitor.log_router_every, config.monitor.collapse_every
         self._moe_layers = config.model.moe_layers
         self._metrics = MetricsWriter(run.metrics)
         self._pending: list[StepRecord] = []
@@ -80,7 +81,10 @@ class Recorder:
         if not self._pending:
             return
         rows = [
-            step_row(record, self._moe_layers if record.step % self._router_every == 0 else ())
+            step_row(
+                record,
+                self._moe_layers if any(record.step % n == 0 for n in self._router_every) else (),
+            )
             for record in self._pending
         ]
         seconds = time.perf_counter() - self._clock
