@@ -35,7 +35,13 @@ from moe_emergence.analysis.routing_tables import (
 )
 from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.analysis.similarity import compare_experts, sample_ids
-from moe_emergence.analysis.sources import Source, load_model, open_source, text_blocks
+from moe_emergence.analysis.sources import (
+    Source,
+    load_model,
+    open_source,
+    same_text,
+    text_blocks,
+)
 from moe_emergence.analysis.streaming import count_routing, is_byte_level
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analysis.training_curves import training_tables
@@ -46,6 +52,7 @@ from moe_emergence.data.samples import poor_share, samples, unlike
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
+from moe_emergence.settings import check
 from moe_emergence.training.checkpoint import save_model_folder
 
 PROG = "python -m moe_emergence.analyze"
@@ -89,13 +96,14 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     for place, name in zip(config.sources, source_names(config.sources), strict=True):
         source = open_source(place, name, device)
         reader = RouterReader(source.model)
-        blocks, data = text_blocks(source, config.data, config.block_size, config.cache_dir)
-        blocks = take(blocks, config.max_tokens)
+        text, data = text_blocks(source, config.data, config.block_size, config.cache_dir)
+        blocks = take(text, config.max_tokens)
         read = text_read(source, blocks)
         found = routing_tables(source, reader, blocks, config)
-        found |= model_tables(source, reader, blocks, config, device)
+        num_experts = int(found["expert_load"]["expert"].nunique())
+        found |= model_tables(source, reader, blocks, config, num_experts, device)
         if config.test == "modules":
-            found |= modules_of(source, reader, blocks, config, folder)
+            found |= modules_of(source, reader, text, config, folder)
         about.append(describe(source, reader, blocks, config.batch_size, found))
         texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
         for key, table in found.items():
@@ -173,6 +181,7 @@ def model_tables(
     reader: RouterReader,
     blocks: dict[str, Tensor],
     config: AnalyzeConfig,
+    num_experts: int,
     device: str,
 ) -> Tables:
     """What the experts are, what they are for, and how they came about."""
@@ -183,7 +192,6 @@ def model_tables(
     alike = compare_experts(reader, sample_ids([few[d] for d in few], 2), base)
     tables = {"similarity": alike.similarity, "movement": alike.movement}
     if config.knockout_tokens:
-        num_experts = len(alike.movement["expert"].unique()) if len(alike.movement) else 0
         tables["knockout"] = knockout_table(
             source.model, few, num_experts, batch_size=config.batch_size
         )
@@ -201,7 +209,23 @@ def modules_of(
     config: AnalyzeConfig,
     folder: Path,
 ) -> Tables:
-    """Modules named on the first half of every domain's blocks, and tested on the second."""
+    """Modules named on the first half of every domain's blocks, and tested on the second.
+
+    Raises:
+        ValueError: naming the flag, for a second text that is the first, too few blocks, a
+            tokenizer without an end of text, and experts that cannot be kept.
+    """
+    named_on = config.data or (source.config.data.data if source.config else "embedded")
+    if config.second_data is not None:
+        check(
+            not same_text(config.second_data, named_on), "--second-data", config.second_data,
+            "the modules are named on that text; give another",
+        )  # fmt: skip
+    eos_id = source.tokenizer.eos_token_id
+    check(
+        isinstance(eos_id, int), "--test", config.test,
+        f"the tokenizer of {source.name} has no end of text, which tells documents apart",
+    )  # fmt: skip
     first, second = halves(blocks)
     naming = name_on(
         source.model, take(first, config.knockout_tokens), batch_size=config.batch_size
@@ -212,7 +236,7 @@ def modules_of(
             source, config.second_data, config.block_size, config.cache_dir
         )
     found = module_tables(
-        source.model, naming, corpora, eos_id=int(source.tokenizer.eos_token_id),
+        source.model, naming, corpora, eos_id=int(eos_id),
         most=blocks_each(second, config.knockout_tokens), batch_size=config.batch_size,
         seed=config.seed,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from routing_models import tiny_mixture
 
+from moe_emergence.analysis.documents import main_documents, spread
 from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
-from moe_emergence.analysis.sources import load_model
+from moe_emergence.analysis.sources import load_model, open_source, text_blocks
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import (
     AnalyzeConfig,
@@ -125,12 +128,19 @@ def test_a_hugging_face_mixture_in_a_folder(
     config = AnalyzeConfig(
         sources=(str(folder),), data=str(data_folder), block_size=16, permutations=19,
         knockout_tokens=200, cache_dir=str(cache_folder), max_tokens=600, device="cpu",
-        test="modules", second_data=str(data_folder),
+        test="modules", second_data=str(other_text(data_folder, tmp_path / "other")),
     )  # fmt: skip
     analyze(config, tmp_path / "out", "command")
     modules = pd.read_parquet(tmp_path / "out/tables/modules.parquet")
-    assert list(modules["corpus"]) == ["second half"] * 3 + [str(data_folder)] * 3
+    assert list(modules["corpus"]) == ["second half"] * 3 + [str(tmp_path / "other")] * 3
     assert (modules["sets"] == 15).all()  # one of four experts in two layers
+    # of blocks that are far apart no document is lost
+    source = open_source(str(folder), family, "cpu")
+    text, _ = text_blocks(source, str(data_folder), 16, str(cache_folder))
+    found = modules[modules["corpus"] == "second half"].set_index("domain")["documents"]
+    for domain, part in halves(text)[1].items():
+        documents = main_documents(part, tokenizer.eos_token_id)
+        assert found[domain] == len({*documents[spread(len(part), 200 // 3 // 16)]})
     load = pd.read_parquet(tmp_path / "out/tables/expert_load.parquet")
     assert set(load["layer"]) == {0, 1}
     assert set(load["slot"]) == {-1, 0, 1}
@@ -140,9 +150,52 @@ def test_a_hugging_face_mixture_in_a_folder(
         write_figures(tmp_path / "out")
         assert (tmp_path / "out/figures/modules.png").is_file()
         page = write_report(tmp_path / "out").read_text(encoding="utf-8")
-        assert page.count("no module. Without experts 0: ") == 6
+        undecided = "not decided (15 other sets are too few). Without experts 0: "
+        assert page.count(undecided) == 6
         assert page.count("with its best experts of each layer alone: 2 cost it ") == 3
         assert page.count("nats better than a draw") == 6  # two layers, three domains
+
+
+def other_text(folder: Path, other: Path) -> Path:
+    """A folder with the same words in other documents."""
+    shutil.copytree(folder, other)
+    for path in other.glob("*.jsonl"):
+        texts = [json.loads(line)["text"].split() for line in path.read_text().splitlines()]
+        lines = [json.dumps({"text": " ".join(reversed(words))}) for words in texts]
+        path.write_text("\n".join(lines))
+    return other
+
+
+def test_a_run_is_read_on_its_own_evaluation_documents(
+    run: RunFolder, cache_folder: Path, data_folder: Path, tmp_path: Path
+) -> None:
+    """In shorter blocks too, and when --data names what it was trained on."""
+    source = open_source(str(run.root), "run", "cpu")
+    assert source.config is not None
+    own = prepare_data(source.config.data, source.config.seed).eval_blocks
+    for data in (None, str(data_folder), f"{data_folder.parent}/./{data_folder.name}"):
+        same, _ = text_blocks(source, data, None, str(cache_folder))
+        short, _ = text_blocks(source, data, 8, str(cache_folder))
+        for domain in DOMAINS:
+            assert torch.equal(same[domain], own[domain])
+            shared = min(short[domain].numel(), own[domain].numel())
+            assert torch.equal(short[domain].flatten()[:shared], own[domain].flatten()[:shared])
+    copy = RunFolder(tmp_path / "copy")
+    shutil.copytree(run.root, copy.root, ignore=shutil.ignore_patterns("checkpoints"))
+    manifest = read_json(copy.data_manifest)
+    manifest["domains"]["math"]["eval"]["sha256"] = "other"
+    copy.data_manifest.write_text(json.dumps(manifest))
+    changed = open_source(str(copy.root), "run", "cpu")
+    with pytest.raises(ValueError, match=r"cannot be made again \(domains\.math\.eval\.sha256"):
+        text_blocks(changed, None, None, str(cache_folder))
+
+
+def test_what_would_mislead_or_overwrite_is_refused(run: RunFolder, cache_folder: Path) -> None:
+    flags = [*FEW, "--test", "modules", "--cache-dir", str(cache_folder)]
+    with pytest.raises(ValueError, match=r"--second-data .* named on that text"):
+        main([str(run.root), *flags, "--second-data", str(run_data(run))])
+    with pytest.raises(ValueError, match=r"--keep-experts .* one SOURCE is cut at a time, not 2"):
+        main([str(run.root), str(run.final_model), *flags, "--keep-experts", "code"])
 
 
 def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:

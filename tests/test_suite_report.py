@@ -23,6 +23,7 @@ from moe_emergence.experiments.collapse_study import (
     Load,
     detect,
     forecast_score,
+    judge_runs,
     scores,
     study_collapse,
 )
@@ -161,6 +162,12 @@ def test_broken_runs_are_listed_and_left_out(broken: Path) -> None:
     assert row["verdict"] == "too few seeds"
     for reason in ("moe is missing", "moe is unfinished", "moe is failed", "domains.code.eval"):
         assert reason in row["left_out"]
+
+
+def test_a_run_without_its_configuration_is_left_out(tmp_path: Path) -> None:
+    folder = write_suite(tmp_path, PLANS[:2], seeds=(0, 1))
+    (folder / PLANS[1].name / "seed-0" / "config.json").unlink()
+    assert set(judge_runs(collect(read_suite(folder)))["seed"]) == {1}
 
 
 def test_pairs_of_unlike_precision_are_left_out(broken: Path) -> None:

@@ -172,11 +172,13 @@ class RoutingCounts:
     """By layer, ascending."""
     between: dict[tuple[int, int], Ints] = field(default_factory=dict)
     """(E, E') tokens by first expert in a layer and in the next mixture layer."""
+    null_routers: int = NULL_ROUTERS
+    """Random routers to count beside every layer's own."""
 
     def add(self, batch: Batch, routings: Sequence[LayerRouting], seed: int) -> None:
         """Count one forward pass; `seed` is that of the null routers."""
         if not self.layers:
-            self.layers = [_empty(routing, seed) for routing in routings]
+            self.layers = [_empty(routing, self.null_routers, seed) for routing in routings]
         for counts, routing in zip(self.layers, routings, strict=True):
             counts.add(batch, routing)
         for one, other in itertools.pairwise(routings):
@@ -187,10 +189,10 @@ class RoutingCounts:
             self.between[key] = self.between.get(key, 0) + table.reshape(-1, width)
 
 
-def _empty(routing: LayerRouting, seed: int) -> LayerCounts:
+def _empty(routing: LayerRouting, null_routers: int, seed: int) -> LayerCounts:
     num_experts = routing.probs_TE.shape[1]
     weights = null_weights(
-        num_experts, routing.hidden_TH.shape[1], NULL_ROUTERS, seed * 1000 + routing.layer
+        num_experts, routing.hidden_TH.shape[1], null_routers, seed * 1000 + routing.layer
     )
     return LayerCounts(routing.layer, num_experts, routing.experts_TK.shape[1], weights)
 

@@ -3,6 +3,7 @@
 Letters: E experts, S sets of experts, R blocks.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from moe_emergence.analysis.routers import RouterInfo, RouterReader, find_router
 from moe_emergence.analysis.routing_tables import expert_domain
 from moe_emergence.analysis.streaming import count_routing
 from moe_emergence.progress import progress_bar
+
+logger = logging.getLogger(__name__)
 
 MODULES_FILE = "modules.csv"
 RANDOM_SETS = 100
@@ -73,6 +76,8 @@ def module_tables(
     size = max(1, int(SHARE * naming.load.shape[1]))
     named = {d: most_selective(naming.selectivity[d], size) for d in naming.domains}
     rivals = rivals_of(named, naming.load, RANDOM_SETS, seed)
+    if not can_pass(fewest := min(map(len, rivals.values()))):
+        logger.warning("modules: %d other sets of experts are too few for one to pass", fewest)
     every = dict.fromkeys([*named.values(), *(one for sets in rivals.values() for one in sets)])
     rows: list[dict[str, Any]] = []
     damages: list[dict[str, Any]] = []
@@ -106,9 +111,16 @@ def module_tables(
     return {"modules": pd.DataFrame(rows), "module_damage": pd.DataFrame(damages)}
 
 
+def can_pass(sets: int) -> bool:
+    """Whether a module can be told from so many other sets at all: p is 1 / (1 + sets) at least."""
+    return 1 / (1 + sets) < ALPHA
+
+
 def name_on(model: nn.Module, blocks: Mapping[str, Tensor], *, batch_size: int = 8) -> Naming:
     """What is to be known for the names of modules, from knocking out every expert on `blocks`."""
-    counted = count_routing(RouterReader(model), blocks, None, batch_size=batch_size)
+    counted = count_routing(
+        RouterReader(model), blocks, None, batch_size=batch_size, null_routers=0
+    )
     alone = knockout_table(model, blocks, counted.layers[0].num_experts, batch_size=batch_size)
     return name_modules(alone, expert_domain(counted.layers))
 

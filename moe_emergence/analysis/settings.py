@@ -87,6 +87,12 @@ class AnalyzeConfig:
             list(self.keep_experts),
             "the module test names the experts; give --test modules too, or leave it out",
         )
+        check(
+            not self.keep_experts or len(self.sources) == 1,
+            "--keep-experts",
+            list(self.keep_experts),
+            f"one SOURCE is cut at a time, not {len(self.sources)}",
+        )
         unknown = [domain for domain in self.keep_experts if domain not in DOMAINS]
         check(not unknown, "--keep-experts", unknown, f"choose from {', '.join(DOMAINS)}")
         check(self.keep >= 1, "--keep", self.keep, "give at least 1")

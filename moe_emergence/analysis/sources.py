@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_emergence.models  # noqa: F401 - makes its model type known to transformers
-from moe_emergence.config import DataConfig, RunConfig
+from moe_emergence.config import DOMAINS, DataConfig, RunConfig
 from moe_emergence.data import PreparedData, prepare_data
+from moe_emergence.data.manifest import entry
 from moe_emergence.hub_access import check_model_reachable, reason
 from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.settings import from_dict
@@ -79,17 +80,18 @@ def text_blocks(
 ) -> tuple[dict[str, torch.Tensor], str]:
     """Blocks (R, L) of each domain to analyse on, and what they are.
 
-    Without `data` a run is analysed on the evaluation blocks it was evaluated on, a model on the
-    embedded text; with it on evaluation blocks of that source, as `--data` of `train` takes it. A
-    model that comes without a run reads the text through its own tokenizer.
+    Without `data`, or where that is its own, a run is analysed on its evaluation documents, a model
+    on the embedded text; else on evaluation blocks of that source, as `--data` of `train` takes it.
+    A model that comes without a run reads the text through its own tokenizer.
 
     Raises:
         ValueError: naming the flag, when the text cannot be read or is too small.
     """
     own = source.config
-    if own is not None and data is None and block_size is None:
-        prepared = prepare_data(replace(own.data, cache_dir=cache_dir), own.seed)
-        _check_same(source, prepared)
+    if own is not None and (data is None or same_text(data, own.data.data)):
+        size = block_size or own.data.block_size
+        prepared = prepare_data(replace(own.data, cache_dir=cache_dir, block_size=size), own.seed)
+        _check_same(source, prepared, blocks=size == own.data.block_size)
         return prepared.eval_blocks, f"evaluation blocks of the run ({own.data.data})"
     config = DataConfig(
         data=data or "embedded",
@@ -102,14 +104,22 @@ def text_blocks(
     return prepared.eval_blocks, f"evaluation blocks of {config.data}"
 
 
-def _check_same(source: Source, prepared: PreparedData) -> None:
+def same_text(one: str, other: str) -> bool:
+    """Whether two values of --data are the same source."""
+    return one == other or Path(one).resolve() == Path(other).resolve()
+
+
+def _check_same(source: Source, prepared: PreparedData, *, blocks: bool) -> None:
+    """The tokenizer, and with `blocks` the evaluation blocks, are those of the run."""
     assert source.run is not None
-    then = read_json(source.run.data_manifest)["tokenizer"]["sha256"]
-    now = prepared.manifest["tokenizer"]["sha256"]
-    if then != now:
+    places: list[tuple[str, ...]] = [("tokenizer", "sha256")]
+    places += [("domains", domain, "eval", "sha256") for domain in DOMAINS] if blocks else []
+    then = read_json(source.run.data_manifest)
+    unlike = [".".join(p) for p in places if entry(then, p) != entry(prepared.manifest, p)]
+    if unlike:
         raise ValueError(
-            f"SOURCE {source.run.root}: its data cannot be made again (the tokenizer differs); "
-            "name a text with --data"
+            f"SOURCE {source.run.root}: its data cannot be made again ({unlike[0]} differs); "
+            "name another text with --data"
         )
 
 

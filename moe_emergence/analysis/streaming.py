@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe_emergence.analysis.counts import GROUPS, Batch, RoutingCounts
+from moe_emergence.analysis.counts import GROUPS, NULL_ROUTERS, Batch, RoutingCounts
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.token_types import token_types
 from moe_emergence.config import DOMAINS
@@ -24,6 +24,7 @@ def count_routing(
     *,
     batch_size: int = 8,
     seed: int = 0,
+    null_routers: int = NULL_ROUTERS,
 ) -> RoutingCounts:
     """Route all blocks through the model and count, for every layer.
 
@@ -33,8 +34,9 @@ def count_routing(
         tokenizer: tells token types; None where it is not byte-level: no types are counted.
         batch_size: blocks in one forward pass.
         seed: of the null routers.
+        null_routers: random routers of every layer to count too.
     """
-    counts = RoutingCounts()
+    counts = RoutingCounts(null_routers=null_routers)
     total = sum(len(part) for part in blocks.values())
     with reader.reading(), progress_bar("routing of the text", total) as advance:
         for domain, name in enumerate(DOMAINS):

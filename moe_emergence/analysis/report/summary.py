@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from moe_emergence.analysis.documents import FEWEST
+from moe_emergence.analysis.modules import can_pass
 
 ALPHA = 0.05
 
@@ -97,6 +98,8 @@ def _collapse(table: pd.DataFrame) -> str:
 
 def _module(row: Mapping[str, Any]) -> str:
     verdict = "a module" if row["passes"] else "no module"
+    if not can_pass(int(row["sets"])):
+        verdict = f"not decided ({int(row['sets'])} other sets are too few)"
     blocks, documents = int(row["blocks"]), int(row["documents"])
     drawn = f"{documents} documents"
     if documents < FEWEST:
