@@ -10,7 +10,7 @@ Y labels, P permutations, B resamples.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,19 +54,13 @@ def miller_madow(counts: npt.ArrayLike) -> Floats:
     return corrected
 
 
-def normalised_information(
-    counts: npt.ArrayLike, by: Literal["row", "column", "smaller"] = "row"
-) -> Floats:
-    """`mutual_information` as a share of an entropy, 0 to 1 (Theil's U for a row or a column).
+def share_of_label(counts: npt.ArrayLike) -> Floats:
+    """`mutual_information` of tables (..., Y, E) as a share of the labels' entropy (Theil's U).
 
-    Args:
-        counts: tables (..., Y, E).
-        by: the entropy to divide by: of the rows (labels), the columns (experts) or the smaller of
-            both. Where it is 0, so is the share.
+    From 0 to 1; 0 where there is one label.
     """
     tables = np.asarray(counts, dtype=np.float64)
-    rows, columns = _entropy(tables.sum(axis=-1)), _entropy(tables.sum(axis=-2))
-    whole = {"row": rows, "column": columns, "smaller": np.minimum(rows, columns)}[by]
+    whole = _entropy(tables.sum(axis=-1))
     return np.divide(mutual_information(tables), whole, out=np.zeros_like(whole), where=whole > 0)
 
 

@@ -128,7 +128,7 @@ def _row(
         "bits_corrected": float(info.miller_madow(table)),
         "bits_low": low,
         "bits_high": high,
-        "share_of_label": float(info.normalised_information(table, by="row")),
+        "share_of_label": float(info.share_of_label(table)),
         **(_null_columns(test) if test else {}),
     }
 

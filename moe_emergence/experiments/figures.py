@@ -2,12 +2,12 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moe_emergence.analysis.figures.panels import COLOURS, LINES, style
 from moe_emergence.config import DOMAINS
 from moe_emergence.experiments.collapse_study import CollapseStudy
 from moe_emergence.experiments.collect import ALL
@@ -15,20 +15,9 @@ from moe_emergence.experiments.description import Comparison
 from moe_emergence.experiments.lengths import BITS, LOSS
 from moe_emergence.experiments.specialisation import DOMAIN_LABEL, NULL_ROUTERS, TYPE_LABEL
 
-# Okabe and Ito's palette, told apart with any common colour vision
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
-LINES = ("-", "--", "-.", ":")
 MARKERS = ("", "o", "s", "^")
 GREY = "#888888"
 VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "equivalent": "#009E73"}
-
-
-def style(place: int) -> dict[str, Any]:
-    """Colour and line of the n-th variant; two variants never share both."""
-    return {
-        "color": COLOURS[place % len(COLOURS)],
-        "linestyle": LINES[(place // len(COLOURS)) % len(LINES)],
-    }
 
 
 def plot_comparisons(table: pd.DataFrame, margin: float) -> Figure:

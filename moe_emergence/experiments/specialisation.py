@@ -131,7 +131,7 @@ def _row(
         "bits_low": interval[0],
         "bits_high": interval[1],
         "bits_corrected": float(info.miller_madow(table)),
-        "share_of_label": float(info.normalised_information(table, by="row")),
+        "share_of_label": float(info.share_of_label(table)),
         "permuted_mean": float(test.null.mean()),
         "permuted_95": float(np.quantile(test.null, 0.95)),
         "excess": test.excess,
