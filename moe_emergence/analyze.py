@@ -14,17 +14,16 @@ import transformers
 from torch import Tensor
 
 from moe_emergence.analysis.checkpoints import over_checkpoints
-from moe_emergence.analysis.documents import spread
+from moe_emergence.analysis.documents import take
 from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
 from moe_emergence.analysis.module_sets import Naming
-from moe_emergence.analysis.modules import halves, module_tables, name_on
-from moe_emergence.analysis.regret import regret_table
+from moe_emergence.analysis.module_test import modules_of
 from moe_emergence.analysis.report import write_report
-from moe_emergence.analysis.retention import best_experts, retention_table
+from moe_emergence.analysis.retention import best_experts
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import (
     coactivation,
@@ -39,7 +38,6 @@ from moe_emergence.analysis.sources import (
     Source,
     load_model,
     open_source,
-    same_text,
     text_blocks,
 )
 from moe_emergence.analysis.streaming import count_routing, is_byte_level
@@ -52,7 +50,6 @@ from moe_emergence.data.samples import poor_share, samples, unlike
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
-from moe_emergence.settings import check
 from moe_emergence.training.checkpoint import save_model_folder
 
 PROG = "python -m moe_emergence.analyze"
@@ -103,7 +100,10 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         num_experts = int(found["expert_load"]["expert"].nunique())
         found |= model_tables(source, reader, blocks, config, num_experts, device)
         if config.test == "modules":
-            found |= modules_of(source, reader, text, config, folder)
+            tested, naming = modules_of(source, text, config)
+            found |= tested
+            for domain in config.keep_experts:
+                write_kept(source, reader, naming, domain, config.keep, folder / f"kept-{domain}")
         about.append(describe(source, reader, blocks, config.batch_size, found))
         texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
         for key, table in found.items():
@@ -202,59 +202,6 @@ def model_tables(
     return tables
 
 
-def modules_of(
-    source: Source,
-    reader: RouterReader,
-    blocks: dict[str, Tensor],
-    config: AnalyzeConfig,
-    folder: Path,
-) -> Tables:
-    """Modules named on the first half of every domain's blocks, and tested on the second.
-
-    Raises:
-        ValueError: naming the flag, for a second text that is the first, too few blocks, a
-            tokenizer without an end of text, and experts that cannot be kept.
-    """
-    named_on = config.data or (source.config.data.data if source.config else "embedded")
-    if config.second_data is not None:
-        check(
-            not same_text(config.second_data, named_on), "--second-data", config.second_data,
-            "the modules are named on that text; give another",
-        )  # fmt: skip
-    eos_id = source.tokenizer.eos_token_id
-    check(
-        isinstance(eos_id, int), "--test", config.test,
-        f"the tokenizer of {source.name} has no end of text, which tells documents apart",
-    )  # fmt: skip
-    first, second = halves(blocks)
-    naming = name_on(
-        source.model, take(first, config.knockout_tokens), batch_size=config.batch_size
-    )
-    corpora = {"second half": second}
-    if config.second_data is not None:
-        corpora[config.second_data], _ = text_blocks(
-            source, config.second_data, config.block_size, config.cache_dir
-        )
-    found = module_tables(
-        source.model, naming, corpora, eos_id=int(eos_id),
-        most=blocks_each(second, config.knockout_tokens), batch_size=config.batch_size,
-        seed=config.seed,
-    )  # fmt: skip
-    second = take(second, config.knockout_tokens)
-    top_k = int(getattr(source.model.config, "num_experts_per_tok", 1))
-    found["retention"] = retention_table(
-        source.model, naming, second, top_k, batch_size=config.batch_size, seed=config.seed
-    )
-    num_experts = naming.load.shape[1]
-    if num_experts > top_k:
-        found["regret"] = regret_table(
-            source.model, second, num_experts, top_k, batch_size=config.batch_size, seed=config.seed
-        )
-    for domain in config.keep_experts:
-        write_kept(source, reader, naming, domain, config.keep, folder / f"kept-{domain}")
-    return found
-
-
 def write_kept(
     source: Source, reader: RouterReader, naming: Naming, domain: str, keep: int, folder: Path
 ) -> None:
@@ -318,21 +265,6 @@ def source_names(sources: tuple[str, ...]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{place} ({number})" for number, place in enumerate(sources, start=1)]
-
-
-def blocks_each(blocks: dict[str, Tensor], tokens: int) -> int:
-    """Blocks of every domain that make at most `tokens` tokens together; at least one, and
-    all of them where `tokens` is 0."""
-    if not tokens:
-        return max(len(part) for part in blocks.values())
-    length = max(part.shape[1] for part in blocks.values())
-    return max(1, tokens // (length * len(blocks)))
-
-
-def take(blocks: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
-    """Of each domain the blocks that `blocks_each` allows, evenly apart."""
-    each = blocks_each(blocks, tokens)
-    return {domain: part[spread(len(part), each)] for domain, part in blocks.items()}
 
 
 def run_first(table: pd.DataFrame) -> pd.DataFrame:

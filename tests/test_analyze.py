@@ -13,7 +13,7 @@ import pytest
 import torch
 from routing_models import tiny_mixture
 
-from moe_emergence.analysis.documents import main_documents, spread
+from moe_emergence.analysis.documents import main_documents, spread, take
 from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.modules import halves
@@ -26,7 +26,6 @@ from moe_emergence.analyze import (
     main,
     output_folder,
     source_names,
-    take,
 )
 from moe_emergence.config import DOMAINS, RunConfig
 from moe_emergence.data import prepare_data

@@ -42,3 +42,18 @@ def resampling_units(documents: Ints) -> Ints:
     """
     different, units = np.unique(documents, return_inverse=True)
     return units if len(different) >= FEWEST else np.arange(len(documents))
+
+
+def blocks_each(blocks: dict[str, Tensor], tokens: int) -> int:
+    """Blocks of every domain that make at most `tokens` tokens together; at least one, and
+    all of them where `tokens` is 0."""
+    if not tokens:
+        return max(len(part) for part in blocks.values())
+    length = max(part.shape[1] for part in blocks.values())
+    return max(1, tokens // (length * len(blocks)))
+
+
+def take(blocks: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+    """Of each domain the blocks that `blocks_each` allows, evenly apart."""
+    each = blocks_each(blocks, tokens)
+    return {domain: part[spread(len(part), each)] for domain, part in blocks.items()}
