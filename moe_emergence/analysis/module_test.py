@@ -1,4 +1,4 @@
-"""The module test of a source, with what its best experts keep and what single choices are worth."""
+"""The module test of a source: modules, retention, and what single choices are worth."""
 
 import pandas as pd
 from torch import Tensor
