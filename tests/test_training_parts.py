@@ -63,9 +63,13 @@ def test_collapse_early_stop_ends_the_run(tiny_config: RunConfig) -> None:
         collapse_checks=2,
         collapse_every=1,
         collapse_early_stop=True,
+        log_router_every=100,
     )
     result = run_experiment(replace(tiny_config, monitor=monitor))
     run = RunFolder(Path(tiny_config.output_dir) / "tiny")
+    # what the detector saw is on record, however rarely the router is logged
+    rows = [row for row in read_metrics(run.metrics) if "router/layer_1_expert_0_frac" in row]
+    assert [row["step"] for row in rows] == [1, 2]
     assert result.status == read_json(run.summary)["status"] == "collapsed"
     assert read_json(run.summary)["final_step"] == 2
     assert (run.final_model / "model.safetensors").exists()

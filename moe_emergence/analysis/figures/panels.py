@@ -50,7 +50,7 @@ def heatmaps(
     """
     groups = list(table.groupby(list(panels), sort=False))
     tables = [
-        (key, group.pivot_table(index=rows, columns=columns, values=value, sort=False) * scale)
+        (key, scale * group.pivot_table(value, rows, columns, sort=False, dropna=False))
         for key, group in groups
     ]
     tables = [(key, part.sort_index(axis=1)) for key, part in tables]
