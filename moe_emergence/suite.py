@@ -137,7 +137,7 @@ def run_suite(options: RunOptions) -> int:
         _print_estimate(options, runs)
     for planned in runs:
         is_complete(planned)  # refuses folders of other settings, before anything is written
-    _write_description(suite, options.root)
+    _write_description(describe(suite, _command(), _overrides(suite, options)), options.root)
     execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
     states = execute(runs, execution)
     counts = {name: sum(s.state == name for s in states) for name in {s.state for s in states}}
@@ -148,13 +148,13 @@ def run_suite(options: RunOptions) -> int:
     return 0 if set(counts) == {"complete"} else INTERRUPTED
 
 
-def _write_description(suite: Suite, root: Path) -> None:
+def _write_description(described: dict[str, Any], root: Path) -> None:
     """`suite.json`, which keeps the seeds that were run before."""
     path = root / "suite.json"
-    described = describe(suite, _command())
     before = read_json(path) if path.exists() else {}
-    if before.get("name") == suite.name:
-        described["seeds"] = list(dict.fromkeys([*before["seeds"], *suite.seeds]))
+    if before.get("name") == described["name"]:
+        seeds = dict.fromkeys([*before["seeds"], *described["seeds"]])
+        described = described | {"seeds": list(seeds)}
     write_json(path, described)
 
 
@@ -162,19 +162,24 @@ def _planned(options: PlanOptions) -> tuple[Suite, list[PlannedRun]]:
     suite = load_suite(options.suite)
     if options.seeds:
         suite = replace(suite, seeds=tuple(dict.fromkeys(options.seeds)))
-    overrides: dict[str, Any] = {"device": options.device}
-    if options.base is not None:
-        check(suite.base is None, "--base", options.base, f"{suite.name} pretrains its own bases")
-        overrides["model.base"] = options.base
-    if options.data is not None:
-        overrides["data.data"] = options.data
-    runs = plan_runs(suite, options.root, overrides)
+    runs = plan_runs(suite, options.root, _overrides(suite, options))
     names = [variant.name for variant in suite.variants]
     for name in options.only:
         check(name in names, "--only", name, f"choose from {', '.join(names)}")
     if options.only:
         runs = [run for run in runs if run.variant in (*options.only, "base")]
     return suite, runs
+
+
+def _overrides(suite: Suite, options: PlanOptions) -> dict[str, Any]:
+    """The settings of every run that the command line gives."""
+    overrides: dict[str, Any] = {"device": options.device}
+    if options.base is not None:
+        check(suite.base is None, "--base", options.base, f"{suite.name} pretrains its own bases")
+        overrides["model.base"] = options.base
+    if options.data is not None:
+        overrides["data.data"] = options.data
+    return overrides
 
 
 def _print_estimate(options: PlanOptions, runs: list[PlannedRun]) -> None:

@@ -27,7 +27,7 @@ from moe_emergence.experiments.estimate import (
 from moe_emergence.experiments.flops import steps_for, training_flops, training_flops_per_token
 from moe_emergence.experiments.plan import describe, plan_runs, variant_configs, with_changes
 from moe_emergence.experiments.suite_file import built_in, load_suite
-from moe_emergence.models import upcycle
+from moe_emergence.models import loading, upcycle
 from moe_emergence.models.lower_layers import (
     freeze_lower_layers,
     lower_states,
@@ -237,6 +237,52 @@ def test_the_estimate_is_steps_times_measured_time(tmp_path: Path) -> None:
     assert costs["moe"].run_seconds == pytest.approx(costs["moe"].step_seconds * (6 + evaluated))
     missing = sum(c.run_seconds * c.missing for c in found.variants)
     assert found.hours == pytest.approx(missing / 2 / 3600)
+
+
+def test_the_estimate_is_of_the_base_that_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bases of other widths, the suite's own among them before they are trained, cost what their
+    widths cost, also in the steps of equal FLOPs; one that nobody has is refused."""
+    folder = tmp_path / "qwen3"
+    llama_models.make_dense("qwen3").save_pretrained(folder)
+    other_base = {"model.base": str(tmp_path / "gpt2")}
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=2)).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "matched.toml").write_text(
+        f"""
+question = "?"
+preset = "moe-main"
+seeds = [0]
+[changes]
+"model.base" = "{folder}"
+"model.moe_layers" = [1]
+"optim.max_steps" = 50
+[[variants]]
+name = "top1"
+[[variants]]
+name = "top4"
+changes = {{ "model.top_k" = 4 }}
+flops_of = "top1"
+"""
+    )
+    suite = load_suite(str(tmp_path / "matched.toml"))
+    own = variant_configs(suite, {})
+    shared = replace(suite, base={"model.moe_layers": []})
+    runs = plan_runs(shared, tmp_path / "runs")
+    flops = {cost.variant: cost.flops for cost in estimate(runs, [], jobs=1, threads=1).variants}
+    for name in ("top1", "top4"):
+        assert flops[name] == training_flops(own[name])
+    other = variant_configs(suite, other_base)
+    assert other["top4"].optim.max_steps != own["top4"].optim.max_steps
+    described = describe(suite, [], other_base)["variants"][1]["changes"]
+    assert described["optim.max_steps"] == other["top4"].optim.max_steps
+
+    def unreachable(repo: str) -> None:
+        raise OSError(f"no answer about {repo}")
+
+    monkeypatch.setattr(loading, "check_model_reachable", unreachable)
+    with pytest.raises(ValueError, match=r"--base nobody: .*no answer about nobody"):
+        variant_configs(suite, {"model.base": "nobody"})
 
 
 def test_a_plan_over_budget_is_refused() -> None:

@@ -103,7 +103,7 @@ def estimate(
     try:
         with progress_bar("timing steps", len(by_variant)) as advance:
             for name, planned_runs in by_variant.items():
-                config = planned_runs[0].config
+                config = _from_what_there_is(planned_runs[0].config, runs)
                 left = sum(planned in missing for planned in planned_runs)
                 key = _architecture(config)
                 if left and key not in timed:
@@ -117,12 +117,22 @@ def estimate(
     return Estimate(name, jobs, tuple(costs))
 
 
+def _from_what_there_is(config: RunConfig, runs: Sequence[PlannedRun]) -> RunConfig:
+    """With what the plan's own base starts from in its place: it has the same shape."""
+    for planned in runs:
+        origin = planned.config.model.base
+        if str(planned.run.final_model) == config.model.base and origin != "scratch":
+            return replace(config, model=replace(config.model, base=origin))
+    return config
+
+
 def _architecture(config: RunConfig) -> str:
     """All that the time of a step depends on."""
     values = to_dict(config)
     optim = {name: values["optim"][name] for name in ("batch_size", "grad_accum_steps")}
     optim |= {name: values["optim"][name] for name in ("balance_scope", "precision")}
-    return json.dumps([values["model"] | {"base": ""}, config.data.block_size, optim])
+    base = base_config(config).to_dict()
+    return json.dumps([values["model"] | {"base": base}, config.data.block_size, optim])
 
 
 def _cost(

@@ -136,9 +136,11 @@ def _one_split(config: RunConfig, seed: int) -> RunConfig:
     return replace(config, data=replace(config.data, split_seed=seed))
 
 
-def describe(suite: Suite, command: Sequence[str]) -> dict[str, Any]:
+def describe(
+    suite: Suite, command: Sequence[str], overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """`suite.json`, which the report starts from: changes as they are, every step number known."""
-    configs = variant_configs(suite, {})
+    configs = variant_configs(suite, overrides or {})
     variants = []
     for variant in suite.variants:
         changes = dict(variant.changes)

@@ -50,13 +50,44 @@ def _new_config(model: ModelConfig, vocab_size: int, block_size: int, end: int |
 def dense_config(model: ModelConfig, vocab_size: int, block_size: int, cache_dir: str) -> Any:
     """The configuration of the dense model that `--base` names, without its weights.
 
-    Of a base that is made from scratch, or is not on this machine (yet), it is that of a GPT-2 of
-    the size that `model` names.
+    Of a base that is made from scratch, or by a run that is still to come, it is that of a GPT-2
+    of the size that `model` names.
+
+    Raises:
+        ValueError: when neither this machine nor the hub has the base.
     """
+    # hub ids are NAME or OWNER/NAME
+    to_come = model.base.count("/") > 1 and not Path(model.base).exists()
+    if model.base == "scratch" or to_come:
+        return _new_config(model, vocab_size, block_size, None)
+    return _find_config(*_source(model, cache_dir))
+
+
+def _source(model: ModelConfig, cache_dir: str) -> tuple[str, dict[str, Any]]:
+    """What to load, and from where."""
     base = str(smollm2_folder(cache_dir)) if model.base == SMOLLM2 else model.base
-    if Path(base, "config.json").is_file():
-        return AutoConfig.from_pretrained(base)
-    return _new_config(model, vocab_size, block_size, None)
+    return base, {"cache_dir": str(Path(cache_dir) / "models")}
+
+
+def _find_config(base: str, options: dict[str, Any]) -> Any:
+    """Of a folder, of the cache, or of the hub.
+
+    Raises:
+        ValueError: when none of them has it.
+    """
+    try:
+        try:
+            return AutoConfig.from_pretrained(base, local_files_only=True, **options)
+        except OSError:
+            if Path(base).is_dir():
+                raise
+            check_model_reachable(base)
+            return AutoConfig.from_pretrained(base, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--base {base}: no model could be loaded ({reason(error)}); give a folder with "
+            f'a dense model, or "scratch" with --pretrain-steps'
+        ) from error
 
 
 def load_dense_model(
@@ -68,21 +99,8 @@ def load_dense_model(
         ValueError: when it cannot be loaded, is of no family that can be upcycled, or does not fit
             the rest.
     """
-    base = model.base if model.base != SMOLLM2 else str(smollm2_folder(cache_dir))
-    options: dict[str, Any] = {"cache_dir": str(Path(cache_dir) / "models")}
-    try:
-        try:
-            config = AutoConfig.from_pretrained(base, local_files_only=True, **options)
-        except OSError:
-            if Path(base).is_dir():
-                raise
-            check_model_reachable(base)
-            config = AutoConfig.from_pretrained(base, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--base {base}: no model could be loaded ({reason(error)}); give a folder with "
-            f'a dense model, or "scratch" with --pretrain-steps'
-        ) from error
+    base, options = _source(model, cache_dir)
+    config = _find_config(base, options)
     family = _family_of_config(config)
     if family is None:
         known = ", ".join(family.name for family in FAMILIES.values())
