@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from moe_emergence.analysis.expert_domain import plot_expert_domain
+from moe_emergence.analysis.figures.save import save
 from moe_emergence.analysis.summary import print_comparison
 from moe_emergence.command import parse, run
 from moe_emergence.config import RunConfig
@@ -44,8 +45,7 @@ def _report(config: RunConfig, result: ExperimentResult) -> None:
     if "moe" in tables:
         titles = {"moe": config.run_name, "null": "random router, never trained"}
         found = {titles[role]: read_domain_fractions(table) for role, table in tables.items()}
-        figure = plot_expert_domain(found)
-        figure.savefig(tables["moe"].with_suffix(".png"), dpi=150)
+        save(plot_expert_domain(found), tables["moe"].with_suffix(".png"), dpi=150)
     print_comparison(runs, result.status, folder)
 
 

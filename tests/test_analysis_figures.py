@@ -9,6 +9,7 @@ from analysis_folders import write_analysis
 from PIL import Image
 
 from moe_emergence.analysis.figures import FIGURES, write_figures
+from moe_emergence.analysis.figures.save import save
 from moe_emergence.analysis.figures.subjects import (
     plot_collapse,
     plot_expert_domain,
@@ -17,6 +18,7 @@ from moe_emergence.analysis.figures.subjects import (
     plot_similarity,
 )
 from moe_emergence.analysis.tidy import read_tables, write_tables
+from moe_emergence.errors import RunError
 
 pytestmark = pytest.mark.slow
 
@@ -72,6 +74,20 @@ def test_all_figures_are_written_and_stale_ones_deleted(
     with Image.open(folder / "figures/trajectory.gif") as film:
         assert film.n_frames == 3
     assert (folder / "figures/trajectory.gif").stat().st_size < 1_000_000
+
+
+def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
+    table = read_tables(write_analysis(tmp_path))["expert_domain"]
+    for name in ("one", "other"):
+        figure = plot_expert_domain(table)
+        assert figure is not None
+        (tmp_path / name).mkdir()
+        save(figure, tmp_path / name / "a.png", tmp_path / name / "a.svg", dpi=50)
+    for file in ("a.png", "a.svg"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"a.png", "a.svg"}
+    with pytest.raises(RunError, match="nowhere"):
+        save(figure, tmp_path / "nowhere" / "a.png")
 
 
 def test_every_figure_names_its_table_and_says_what_it_shows() -> None:

@@ -7,6 +7,7 @@ its lines allow: a string that began before the block is not known to be one.
 Letters: R blocks, L tokens per block.
 """
 
+import functools
 import io
 import keyword
 import re
@@ -152,6 +153,7 @@ def _token_bytes(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> by
         ) from error
 
 
+@functools.cache
 def _byte_alphabet() -> dict[str, int]:
     """The byte behind each character of GPT-2's byte-level alphabet.
 

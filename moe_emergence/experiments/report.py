@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from moe_emergence.analysis.figures.save import save
 from moe_emergence.analysis.routing_record import RoutingRecord
 from moe_emergence.analysis.token_types import token_types
 from moe_emergence.data.tokenizer import folder_tokenizer
@@ -166,7 +167,7 @@ def write_figures(evidence: Evidence, folder: Path) -> set[str]:
     folder.mkdir(parents=True, exist_ok=True)
     shown = set()
     for name, figure in _figures(evidence):
-        figure.savefig(folder / f"{name}.png", dpi=130)
+        save(figure, folder / f"{name}.png")
         shown.add(name)
     for path in folder.glob("*.png"):
         if path.stem not in shown:

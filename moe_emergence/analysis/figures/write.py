@@ -1,6 +1,5 @@
 """Every figure that the tables of an analysis allow, as PNG and SVG, and one animation."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 
 from moe_emergence.analysis.figures import subjects
 from moe_emergence.analysis.figures.panels import QUANTITY, grid, panel_name
+from moe_emergence.analysis.figures.save import lay_out, save
 from moe_emergence.analysis.tidy import FIGURES as FOLDER
 from moe_emergence.analysis.tidy import read_tables
 from moe_emergence.progress import progress_bar
@@ -140,10 +140,9 @@ def write_figures(folder: Path) -> list[Path]:
             table = tables.get(figure_of.table)
             figure = None if table is None else figure_of.draw(table)
             if figure is not None:
-                _lay_out(figure)
-                for suffix in ("png", "svg"):
-                    written.append(place / f"{name}.{suffix}")
-                    _save(figure, written[-1])
+                files = [place / f"{name}.{suffix}" for suffix in ("png", "svg")]
+                save(figure, *files)
+                written += files
             advance(1)
         if TRAJECTORY in tables:
             written.append(place / f"{TRAJECTORY}.gif")
@@ -153,27 +152,6 @@ def write_figures(folder: Path) -> list[Path]:
         if stale.suffix in (".png", ".svg", ".gif"):
             stale.unlink()
     return written
-
-
-def _lay_out(figure: Figure) -> None:
-    """Place everything once, which takes as long as drawing: each file and frame would do it."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine("none")
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        # without a date, so that the same numbers give the same file
-        about = {"Date": None} if path.suffix == ".svg" else None
-        figure.savefig(temporary, dpi=130, format=path.suffix[1:], metadata=about)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(path, error) from error
 
 
 def animation(table: pd.DataFrame) -> tuple[Figure, list[int], Callable[[int], list[Artist]]]:
@@ -209,7 +187,7 @@ def _animate(table: pd.DataFrame, path: Path) -> None:
     figure, steps, draw = animation(table)
     FigureCanvasAgg(figure)
     draw(steps[-1])
-    _lay_out(figure)
+    lay_out(figure)
     film = FuncAnimation(figure, draw, frames=steps, blit=False)
     try:
         film.save(path, writer=PillowWriter(fps=2), dpi=80)
