@@ -129,6 +129,8 @@ def test_commands_work_one_after_another(
         if "moe_emergence.train" in words:
             place = words.index("moe_emergence.train") + 1
             words = [*words[:place], *tiny_train(words[place:], data_folder, cache_folder)]
+        if "moe_emergence.analyze" in words:
+            words = [*words, "--max-tokens", "3000"]
         if "moe_emergence.verify" in words:
             words = tiny_verify(words)
         assert words[:2] == ["python", "-m"], shown
