@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from moe_emergence.analysis.expert_domain import plot_expert_domain
-from moe_emergence.analysis.figures.save import save
+from moe_emergence.analysis.figure_file import save
 from moe_emergence.analysis.summary import print_comparison
 from moe_emergence.command import parse, run
 from moe_emergence.config import RunConfig

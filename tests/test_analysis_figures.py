@@ -8,8 +8,8 @@ import pytest
 from analysis_folders import write_analysis
 from PIL import Image
 
+from moe_emergence.analysis.figure_file import save
 from moe_emergence.analysis.figures import FIGURES, write_figures
-from moe_emergence.analysis.figures.save import save
 from moe_emergence.analysis.figures.subjects import (
     plot_collapse,
     plot_expert_domain,

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from moe_emergence.analysis.figures.save import save
+from moe_emergence.analysis.figure_file import save
 from moe_emergence.analysis.routing_record import RoutingRecord
 from moe_emergence.analysis.token_types import token_types
 from moe_emergence.data.tokenizer import folder_tokenizer

@@ -10,9 +10,9 @@ from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from moe_emergence.analysis.figure_file import lay_out, save
 from moe_emergence.analysis.figures import subjects
 from moe_emergence.analysis.figures.panels import QUANTITY, grid, panel_name
-from moe_emergence.analysis.figures.save import lay_out, save
 from moe_emergence.analysis.tidy import FIGURES as FOLDER
 from moe_emergence.analysis.tidy import read_tables
 from moe_emergence.progress import progress_bar
