@@ -24,8 +24,19 @@ from moe_emergence.experiments.estimate import (
     estimate_table,
     refuse_over_budget,
 )
-from moe_emergence.experiments.flops import steps_for, training_flops, training_flops_per_token
-from moe_emergence.experiments.plan import describe, plan_runs, variant_configs, with_changes
+from moe_emergence.experiments.flops import (
+    base_config,
+    steps_for,
+    training_flops,
+    training_flops_per_token,
+)
+from moe_emergence.experiments.plan import (
+    PlannedRun,
+    describe,
+    plan_runs,
+    variant_configs,
+    with_changes,
+)
 from moe_emergence.experiments.suite_file import built_in, load_suite
 from moe_emergence.models import loading, upcycle
 from moe_emergence.models.lower_layers import (
@@ -274,7 +285,10 @@ flops_of = "top1"
         assert flops[name] == training_flops(own[name])
     other = variant_configs(suite, other_base)
     assert other["top4"].optim.max_steps != own["top4"].optim.max_steps
-    described = describe(suite, [], other_base)["variants"][1]["changes"]
+    monkeypatch.setattr(command, "execute", lambda runs, execution: [])
+    flags = ["--out", str(tmp_path / "runs"), "--base", other_base["model.base"]]
+    command.main(["run", str(tmp_path / "matched.toml"), *flags])
+    described = json.loads((tmp_path / "runs/suite.json").read_text())["variants"][1]["changes"]
     assert described["optim.max_steps"] == other["top4"].optim.max_steps
 
     def unreachable(repo: str) -> None:
@@ -283,6 +297,24 @@ flops_of = "top1"
     monkeypatch.setattr(loading, "check_model_reachable", unreachable)
     with pytest.raises(ValueError, match=r"--base nobody: .*no answer about nobody"):
         variant_configs(suite, {"model.base": "nobody"})
+
+
+def test_bases_of_other_shapes_are_timed_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for width in (16, 32):
+        folder = tmp_path / str(width)
+        GPT2Config(n_embd=width, n_head=2, n_layer=2).save_pretrained(folder)
+        changed = with_changes(demo(), {"model.base": str(folder)}, "here")
+        runs.append(PlannedRun(str(width), 0, changed, False))
+
+    def width_of(config: RunConfig, seconds: float) -> float:
+        return float(base_config(config).hidden_size)
+
+    monkeypatch.setattr("moe_emergence.experiments.estimate.time_step", width_of)
+    found = estimate(runs, runs, jobs=1, threads=1)
+    assert [cost.step_seconds for cost in found.variants] == [16.0, 32.0]
 
 
 def test_a_plan_over_budget_is_refused() -> None:
