@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from analysis_folders import write_analysis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from moe_emergence.analysis.figure_file import save
+from moe_emergence.analysis.figure_file import lay_out, save
 from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.figures.subjects import (
     plot_collapse,
@@ -88,6 +89,26 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"a.png", "a.svg"}
     with pytest.raises(RunError, match="nowhere"):
         save(figure, tmp_path / "nowhere" / "a.png")
+
+
+def test_a_full_disk_keeps_the_figure_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = plot_expert_domain(read_tables(write_analysis(tmp_path))["expert_domain"])
+    assert figure is not None
+    path = tmp_path / "figures" / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(b"earlier")
+
+    def full(canvas: FigureCanvasAgg, file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    lay_out(figure)  # which draws too
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", full)
+    with pytest.raises(RunError, match=r"a\.png"):
+        save(figure, path)
+    assert [file.read_bytes() for file in path.parent.iterdir()] == [b"earlier"]
 
 
 def test_every_figure_names_its_table_and_says_what_it_shows() -> None:
