@@ -73,8 +73,12 @@ def dispatcher_entry(name: str, about: str) -> Entry:
             dispatcher = get_dispatcher(name)
         except ValueError as error:
             raise not_installed(error) from error
+        decision = problem.decision
         return Contestant(
-            lambda: dispatcher(problem.x_TH, problem.decision, problem.experts), problem.leaves
+            lambda: dispatcher(
+                problem.x_TH, decision.topk_experts, decision.topk_weights, problem.experts
+            ),
+            problem.leaves,
         )
 
     return Entry(name, prepare, about)

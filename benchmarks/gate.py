@@ -45,9 +45,11 @@ def evaluate(run: Callable[[], Tensor], leaves: Mapping[str, Tensor], dy_TH: Ten
 
 def sequential_results(problem: Problem) -> Results:
     """What the definition of correct gives in the problem's own dtype."""
-    sequential = get_dispatcher("sequential")
+    sequential, decision = get_dispatcher("sequential"), problem.decision
     return evaluate(
-        lambda: sequential(problem.x_TH, problem.decision, problem.experts),
+        lambda: sequential(
+            problem.x_TH, decision.topk_experts, decision.topk_weights, problem.experts
+        ),
         problem.leaves,
         problem.dy_TH,
     )

@@ -156,5 +156,5 @@ def assert_as_accurate(
 
 def saved_bytes(name: str, layer: MoELayer, x: Tensor) -> int:
     """Bytes of the distinct storages kept for backward, without the parameters'."""
-    layer.dispatcher = get_dispatcher(name)
+    layer.experts.dispatcher = get_dispatcher(name)
     return footprint.saved_bytes(lambda: layer(x)[0], layer.parameters())

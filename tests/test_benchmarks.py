@@ -136,7 +136,12 @@ def altered(change: Callable[[Problem, torch.Tensor], torch.Tensor]) -> Entry:
 
     def prepare(problem: Problem) -> Contestant:
         path = get_dispatcher("sequential")
-        arguments = (problem.x_TH, problem.decision, problem.experts)
+        arguments = (
+            problem.x_TH,
+            problem.decision.topk_experts,
+            problem.decision.topk_weights,
+            problem.experts,
+        )
         return Contestant(lambda: change(problem, path(*arguments)), problem.leaves)
 
     return Entry("altered", prepare)

@@ -73,7 +73,7 @@ def compute(
     probs = torch.full((len(x), experts.num_experts), 1 / experts.num_experts, device="cuda")
     decision = RouterDecision(probs.log(), probs, probs, chosen, weights)
     with torch.autocast("cuda", torch.bfloat16, enabled=cast):
-        y = get_dispatcher(name)(x, decision, experts)
+        y = get_dispatcher(name)(x, decision.topk_experts, decision.topk_weights, experts)
     y.backward(dy.to(y.dtype))
     gradients = {key: parameter.grad.clone() for key, parameter in experts.named_parameters()}
     return {"y": y.detach(), "x": x.grad, "weights": weights.grad, **gradients}

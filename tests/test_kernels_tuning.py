@@ -201,7 +201,7 @@ def test_auto_takes_the_path_that_was_fastest(monkeypatch) -> None:
             return path(*args)
 
         auto.paths[name] = spy
-    layer.dispatcher = auto
+    layer.experts.dispatcher = auto
     layer(x_TH)
     layer(x_TH[:10])
     assert called == ["sequential", "fused"]
@@ -222,7 +222,7 @@ def test_the_fused_path_passes_its_plan_on(monkeypatch) -> None:
     x_TH = torch.randn(100, 8)
     table = TuningTable({TuningKey.of(x_TH, 1, layer.experts): entry()})
     for dispatcher in (FusedDispatcher(table), FusedDispatcher(), get_dispatcher("fused", table)):
-        layer.dispatcher = dispatcher
+        layer.experts.dispatcher = dispatcher
         layer(x_TH)
     assert plans == [PLAN, None, PLAN]
 

@@ -203,7 +203,7 @@ def test_dispatch_changes_the_path_not_the_results(top_k) -> None:
         output = model(ids(), labels=ids())
         output.loss.backward()
         results.append((output, {k: p.grad.clone() for k, p in model.named_parameters()}))
-        kinds = {type(layer.dispatcher).__name__ for layer in model.moe_layers().values()}
+        kinds = {type(layer.experts.dispatcher).__name__ for layer in model.moe_layers().values()}
         assert len(kinds) == 1
     assert kinds == {"AutoDispatcher"}
     for output, gradients in results[1:]:

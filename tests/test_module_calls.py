@@ -116,7 +116,7 @@ def test_a_block_whose_mlp_is_wrapped_is_the_same(wrap: Callable[[nn.Module], An
     assert list(layers) == [1, 2]
     assert all(layer.experts.w1.grad is not None for layer in layers.values())
     model.set_dispatch("sequential")
-    assert all(isinstance(m.dispatcher, SequentialDispatcher) for m in layers.values())
+    assert all(isinstance(m.experts.dispatcher, SequentialDispatcher) for m in layers.values())
 
 
 @pytest.mark.parametrize("path", PATHS)

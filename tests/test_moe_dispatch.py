@@ -72,7 +72,7 @@ def run(
     leaves = {"x": x_TH, "weights": decision.topk_weights, **dict(experts.named_parameters())}
     for leaf in leaves.values():
         leaf.grad = None
-    y_TH = get_dispatcher(name)(x_TH, decision, experts)
+    y_TH = get_dispatcher(name)(x_TH, decision.topk_experts, decision.topk_weights, experts)
     if y_TH.requires_grad:
         y_TH.backward(dy_TH.to(y_TH.dtype))
     return {"y": y_TH.detach(), **{k: v.grad for k, v in leaves.items()}}
@@ -168,7 +168,7 @@ def test_gradcheck_of_the_experts_and_the_straight_through_router_at_top_1(
         decision = make_decision(chosen, 4, FP64)
         ones = torch.ones_like(decision.topk_weights)
         decision = RouterDecision(*[decision.router_logits] * 3, chosen, ones)
-        return get_dispatcher(dispatch)(x, decision, experts)
+        return get_dispatcher(dispatch)(x, decision.topk_experts, decision.topk_weights, experts)
 
     assert torch.autograd.gradcheck(experts_only, (x_TH, *layer.experts.parameters()))
     # the whole layer: d/dW [p_chosen * expert(x)] with expert(x) held constant, plus the experts'
@@ -284,7 +284,7 @@ def test_the_layer_has_one_gradient_whatever_the_dispatcher(loss, activation, to
             parameter.copy_(randn(*parameter.shape, seed=10 + i))
     results = {}
     for name in ("sequential", "fused", "auto"):
-        layer.dispatcher = get_dispatcher(name)
+        layer.experts.dispatcher = get_dispatcher(name)
         layer.zero_grad()
         leaf = x.clone().requires_grad_()
         y, decision = layer(leaf, noise)
@@ -337,7 +337,7 @@ def three_ways(name, dtype, shape, activation, autocast=False, seed=0):
         leaf = weights.to(wide).clone().requires_grad_()
         decision = RouterDecision(probs, probs, probs, chosen, leaf)
         with torch.autocast("cpu", dtype, enabled=autocast and precision != FP64):
-            y_TH = get_dispatcher(path)(x_TH, decision, experts)
+            y_TH = get_dispatcher(path)(x_TH, decision.topk_experts, decision.topk_weights, experts)
         assert y_TH.dtype == (dtype if precision != FP64 else FP64)
         y_TH.backward(dy_TH.to(y_TH.dtype))
         leaves = {"x": x_TH, "weights": leaf, **dict(experts.named_parameters())}
@@ -394,7 +394,9 @@ def test_the_weighted_sum_of_a_token_is_rounded_once(name, dtype) -> None:
     chosen = choose(64, 8, 8, "random", 2)
     weights = torch.rand(64, 8, generator=seeded(3)).softmax(dim=1)
     decision = RouterDecision(*[torch.full((64, 8), 1 / 8)] * 3, chosen, weights)
-    y_TH = get_dispatcher(name)(randn(64, 16).to(dtype), decision, experts)
+    y_TH = get_dispatcher(name)(
+        randn(64, 16).to(dtype), decision.topk_experts, decision.topk_weights, experts
+    )
     exact = (weights.double().unsqueeze(-1) * experts.w2_bias.detach().double()[chosen]).sum(dim=1)
     # half an ulp, and eight fp32 roundings on the way
     bound = torch.finfo(dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
@@ -409,7 +411,7 @@ def test_fp64_under_autocast_is_treated_as_sequential_treats_it(name) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         expected, _ = layer(x_TH)
         assert expected.dtype == FP64
-        layer.dispatcher = get_dispatcher(name)
+        layer.experts.dispatcher = get_dispatcher(name)
         if name == "grouped":
             with pytest.raises(ValueError, match="float64"):
                 layer(x_TH)
@@ -429,7 +431,9 @@ def test_tokens_and_weights_of_two_dtypes_are_refused(autocast) -> None:
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
         pytest.raises(ValueError, match=f"tokens are {dtype}, expert weights torch.float32"),
     ):
-        get_dispatcher("fused")(randn(20, 16).to(dtype), decision, experts)
+        get_dispatcher("fused")(
+            randn(20, 16).to(dtype), decision.topk_experts, decision.topk_weights, experts
+        )
 
 
 def test_backward_of_the_fused_experts_inside_autocast_is_the_same() -> None:
@@ -440,7 +444,9 @@ def test_backward_of_the_fused_experts_inside_autocast_is_the_same() -> None:
         x_TH = randn(20, 16, dtype=torch.float32).requires_grad_()
         dy_TH = randn(20, 16, seed=1, dtype=torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
-            y_TH = get_dispatcher("fused")(x_TH, decision, experts)
+            y_TH = get_dispatcher("fused")(
+                x_TH, decision.topk_experts, decision.topk_weights, experts
+            )
         with torch.autocast("cpu", torch.bfloat16, enabled=inside):
             y_TH.backward(dy_TH)
         results.append(
@@ -545,7 +551,10 @@ def test_auto_takes_the_fused_path_where_nothing_was_measured(dtype) -> None:
     auto.paths = {name: lambda *_, taken=name: taken for name in auto.paths}
     decision = make_decision(torch.zeros(4096, 2, dtype=torch.long), 4, dtype)
     experts = make_experts(4, 8, 16, "gelu_tanh").to(dtype)
-    assert auto(randn(4096, 8, dtype=dtype), decision, experts) == "fused"
+    assert (
+        auto(randn(4096, 8, dtype=dtype), decision.topk_experts, decision.topk_weights, experts)
+        == "fused"
+    )
 
 
 # names ------------------------------------------------------------------------------------------
@@ -594,7 +603,7 @@ def test_grouped_refuses_what_grouped_mm_does_not_take(dtype, hidden, width) -> 
     layer = MoELayer(hidden, width, 2, 1, dispatch="grouped").to(dtype)
     with pytest.raises(ValueError, match=r"--dispatch grouped: .*use --dispatch fused"):
         layer(torch.zeros(3, hidden, dtype=dtype))
-    layer.dispatcher = get_dispatcher("fused")
+    layer.experts.dispatcher = get_dispatcher("fused")
     assert layer(torch.zeros(3, hidden, dtype=dtype))[0].shape == (3, hidden)
 
 

@@ -136,7 +136,7 @@ def test_paths_agree_on_probability_weights() -> None:
     x_TH = torch.randn(30, 8, generator=seeded(6), dtype=torch.float64)
     results = []
     for name in ("sequential", "fused"):
-        layer.dispatcher = get_dispatcher(name)
+        layer.experts.dispatcher = get_dispatcher(name)
         layer.zero_grad()
         y_TH, _ = layer(x_TH)
         y_TH.square().sum().backward()

@@ -141,7 +141,7 @@ def test_functional_hvp_of_a_layer() -> None:
     x, direction = randn(6, 4), randn(6, 4, seed=1)
     products = []
     for path in ("sequential", "fused"):
-        layer.dispatcher = get_dispatcher(path)
+        layer.experts.dispatcher = get_dispatcher(path)
         _, product = torch.autograd.functional.hvp(
             lambda tokens: layer(tokens)[0].square().sum(), x, direction
         )

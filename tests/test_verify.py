@@ -24,7 +24,7 @@ from moe_emergence.certificate import (
 )
 from moe_emergence.cli import dispatch_verb
 from moe_emergence.command import run
-from moe_emergence.moe import Experts, RouterDecision, get_dispatcher
+from moe_emergence.moe import Experts, get_dispatcher
 
 pytestmark = pytest.mark.slow
 
@@ -64,14 +64,15 @@ class WithGradient:
     of: str
     change: object
 
-    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor, experts: Experts
+    ) -> Tensor:
         def tampered(name, tensor):
             return _Tamper.apply(tensor, self.change) if name == self.of else tensor
 
         other = _View(experts, {n: tampered(n, p) for n, p in experts.named_parameters()})
-        weights_TK = tampered("weights", decision.topk_weights)
-        changed = RouterDecision(*[decision.router_logits] * 3, decision.topk_experts, weights_TK)
-        return get_dispatcher("sequential")(tampered("x", x_TH), changed, other)
+        weights_TK = tampered("weights", weights_TK)
+        return get_dispatcher("sequential")(tampered("x", x_TH), chosen_TK, weights_TK, other)
 
 
 class _View:
@@ -85,38 +86,36 @@ class _View:
     unbind = Experts.unbind
 
 
-def swapped_expert(x_TH, decision, experts):
+def swapped_expert(x_TH, chosen_TK, weights_TK, experts):
     """One token goes to its neighbour expert."""
-    chosen_TK = decision.topk_experts.clone()
+    chosen_TK = chosen_TK.clone()
     others = [e for e in range(experts.num_experts) if e not in chosen_TK[0].tolist()]
     chosen_TK[0, 0] = others[0]
-    changed = RouterDecision(*[decision.router_logits] * 3, chosen_TK, decision.topk_weights)
-    return get_dispatcher("sequential")(x_TH, changed, experts)
+    return get_dispatcher("sequential")(x_TH, chosen_TK, weights_TK, experts)
 
 
-def dropped_tail(x_TH, decision, experts):
-    y_TH = get_dispatcher("sequential")(x_TH, decision, experts)
+def dropped_tail(x_TH, chosen_TK, weights_TK, experts):
+    y_TH = get_dispatcher("sequential")(x_TH, chosen_TK, weights_TK, experts)
     keep_T1 = torch.ones(len(y_TH), 1, dtype=y_TH.dtype)
     keep_T1[-1:] = 0
     return y_TH * keep_T1
 
 
-def low_precision_combine(x_TH, decision, experts):
+def low_precision_combine(x_TH, chosen_TK, weights_TK, experts):
     """Weights and partial sums of a token rounded to the dtype of the rows."""
     y_TH = torch.zeros_like(x_TH)
     for e, (w1, b1, w2, b2) in enumerate(experts.unbind()):
-        token_N, slot_N = torch.where(decision.topk_experts == e)
+        token_N, slot_N = torch.where(chosen_TK == e)
         pre_NF = x_TH[token_N] @ w1 + b1
         out_NH = torch.nn.functional.gelu(pre_NF, approximate="tanh") @ w2 + b2
-        weight_N1 = decision.topk_weights[token_N, slot_N].unsqueeze(-1).to(out_NH.dtype)
+        weight_N1 = weights_TK[token_N, slot_N].unsqueeze(-1).to(out_NH.dtype)
         y_TH = y_TH.index_add(0, token_N, out_NH * weight_N1)
     return y_TH
 
 
-def ignores_weights(x_TH, decision, experts):
-    ones_TK = torch.ones_like(decision.topk_weights) + 0 * decision.topk_weights
-    changed = RouterDecision(*[decision.router_logits] * 3, decision.topk_experts, ones_TK)
-    return get_dispatcher("sequential")(x_TH, changed, experts)
+def ignores_weights(x_TH, chosen_TK, weights_TK, experts):
+    ones_TK = torch.ones_like(weights_TK) + 0 * weights_TK
+    return get_dispatcher("sequential")(x_TH, chosen_TK, ones_TK, experts)
 
 
 class _LowSum(torch.autograd.Function):
@@ -134,22 +133,22 @@ class _LowSum(torch.autograd.Function):
         return gradient, total
 
 
-def low_precision_bias_sum(x_TH, decision, experts):
+def low_precision_bias_sum(x_TH, chosen_TK, weights_TK, experts):
     y_TH = torch.zeros(x_TH.shape)
     for e, (w1, b1, w2, b2) in enumerate(experts.unbind()):
-        token_N, slot_N = torch.where(decision.topk_experts == e)
+        token_N, slot_N = torch.where(chosen_TK == e)
         pre_NF = x_TH[token_N] @ w1 + b1
         out_NH = torch.nn.functional.gelu(pre_NF, approximate="tanh") @ w2
-        weight_N1 = decision.topk_weights[token_N, slot_N].unsqueeze(-1)
+        weight_N1 = weights_TK[token_N, slot_N].unsqueeze(-1)
         y_TH = y_TH.index_add(0, token_N, _LowSum.apply(out_NH, b2).float() * weight_N1)
     return y_TH.to(x_TH.dtype)
 
 
-def wrong_dtype(x_TH, decision, experts):
-    return get_dispatcher("sequential")(x_TH, decision, experts).double()
+def wrong_dtype(x_TH, chosen_TK, weights_TK, experts):
+    return get_dispatcher("sequential")(x_TH, chosen_TK, weights_TK, experts).double()
 
 
-def raising(x_TH, decision, experts):
+def raising(x_TH, chosen_TK, weights_TK, experts):
     raise RuntimeError("illegal memory access\nand a long story")
 
 
@@ -217,9 +216,9 @@ def test_rounding_products_to_tf32_fails_in_fp32() -> None:
     def rounded(tensor):
         return (tensor.view(torch.int32) & ~0x1FFF).view(torch.float32)
 
-    def tf32(x_TH, decision, experts):
+    def tf32(x_TH, chosen_TK, weights_TK, experts):
         tensors = {n: rounded(p.detach()) + p - p.detach() for n, p in experts.named_parameters()}
-        return get_dispatcher("sequential")(x_TH, decision, _View(experts, tensors))
+        return get_dispatcher("sequential")(x_TH, chosen_TK, weights_TK, _View(experts, tensors))
 
     certificate = judged(tf32, "fp32")
     assert certificate.count("failed") == len(SMALL)
@@ -228,8 +227,10 @@ def test_rounding_products_to_tf32_fails_in_fp32() -> None:
 def test_a_path_that_depends_on_the_run_is_not_repeatable() -> None:
     calls = iter(range(1000))
 
-    def wandering(x_TH, decision, experts):
-        return get_dispatcher("sequential")(x_TH, decision, experts) * (1 + 1e-6 * next(calls))
+    def wandering(x_TH, chosen_TK, weights_TK, experts):
+        return get_dispatcher("sequential")(x_TH, chosen_TK, weights_TK, experts) * (
+            1 + 1e-6 * next(calls)
+        )
 
     rows = properties(CPU)[:1] + properties(CPU)[3:4]
     certificate = certify({"ours": wandering}, [], rows, [get_arithmetic("fp32", CPU)], CPU)

@@ -15,9 +15,6 @@ from torch.nn import functional
 
 from moe_emergence.analysis.routers import RouterInfo, RouterReader
 from moe_emergence.models.families import FAMILIES
-from moe_emergence.moe import RouterDecision
-from moe_emergence.moe.dispatch import Dispatcher
-from moe_emergence.moe.experts import Experts
 
 SAMPLE_TOKENS = 512
 
@@ -56,10 +53,7 @@ def compare_experts(
         difference = weights_EP - (weights_EP.mean(dim=0) if start_P is None else start_P)
         origin = weights_EP.mean(dim=0) if start_P is None else start_P
         outputs = torch.stack(
-            [
-                _output(layer, experts, e, hidden[router.layer]).flatten()
-                for e in range(len(weights_EP))
-            ]
+            [_output(experts, e, hidden[router.layer]).flatten() for e in range(len(weights_EP))]
         )
         for kind, vectors in (("weights", weights_EP), ("moved", difference), ("outputs", outputs)):
             alike += [
@@ -102,15 +96,10 @@ def _parent(model: nn.Module, router: RouterInfo) -> nn.Module:
     return model.get_submodule(router.name.rpartition(".")[0])
 
 
-def _output(layer: Any, experts: Any, expert: int, hidden_TH: Tensor) -> Tensor:
+def _output(experts: Any, expert: int, hidden_TH: Tensor) -> Tensor:
     """(T, H) of one expert for all tokens, with weight 1."""
     chosen_T1 = torch.full((len(hidden_TH), 1), expert, device=hidden_TH.device)
     ones_T1 = torch.ones_like(chosen_T1, dtype=hidden_TH.dtype)
-    if isinstance(experts, Experts):
-        logits = hidden_TH.new_zeros(len(hidden_TH), experts.num_experts, dtype=torch.float32)
-        decision = RouterDecision(logits, logits, logits, chosen_T1, ones_T1.float())
-        dispatcher: Dispatcher = layer.dispatcher
-        return dispatcher(hidden_TH, decision, experts)
     output: Tensor = experts(hidden_TH, chosen_T1, ones_T1)
     return output
 

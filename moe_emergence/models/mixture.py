@@ -142,9 +142,9 @@ class MixtureModel(_OfFamily):
 
     def set_dispatch(self, name: str, table: TuningTable | None = None) -> None:
         """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
-        for layer in self.modules():
-            if isinstance(layer, MoELayer):
-                layer.dispatcher = get_dispatcher(name, table)
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.dispatcher = get_dispatcher(name, table)
 
 
 class MixtureHead(_OfFamily):

@@ -92,13 +92,14 @@ def time_paths(
     router = TopKRouter(x_TH.shape[1], experts.num_experts, top_k).to(x_TH.device)
     with torch.no_grad():
         decision = router(x_TH)
+    chosen, weights = decision.topk_experts, decision.topk_weights
     dy_TH = torch.randn_like(x_TH)
     leaves = [x_TH, *experts.parameters()]
     times = {}
     for name, path in paths.items():
 
         def step(path: Dispatcher = path) -> object:
-            return torch.autograd.grad(path(x_TH, decision, experts), leaves, dy_TH)
+            return torch.autograd.grad(path(x_TH, chosen, weights, experts), leaves, dy_TH)
 
         try:
             times[name] = measure(step)

@@ -12,7 +12,6 @@ from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.fused import FusedDispatcher
 from moe_emergence.moe.grouped import GroupedDispatcher
 from moe_emergence.moe.megablocks import MegaBlocksDispatcher
-from moe_emergence.moe.routing import RouterDecision
 from moe_emergence.moe.sequential import SequentialDispatcher
 from moe_emergence.moe.tuning import TuningTable
 
@@ -22,8 +21,11 @@ DispatchName = Literal["auto", "sequential", "grouped", "fused", "megablocks"]
 class Dispatcher(Protocol):
     """A path without parameters of its own: one state dict serves them all."""
 
-    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
-        """Weighted sum (T, H) of every token's experts, as `SequentialDispatcher` defines it."""
+    def __call__(
+        self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
+    ) -> Tensor:
+        """Weighted sum (T, H) over the chosen experts `topk_experts` (T, K) of every token `x_TH`
+        (T, H), by `topk_weights` (T, K), as `SequentialDispatcher` defines it."""
         ...
 
 
@@ -41,12 +43,14 @@ class AutoDispatcher:
             "sequential": SequentialDispatcher(),
         }
 
-    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
+    ) -> Tensor:
         """Weighted sum (T, H) of every token's experts."""
-        top_k = decision.topk_experts.shape[1]
+        top_k = topk_experts.shape[1]
         entry = None if self.table is None else self.table.find(x_TH, top_k, experts)
         name = "fused" if entry is None else entry.dispatch
-        return self.paths[name](x_TH, decision, experts)
+        return self.paths[name](x_TH, topk_experts, topk_weights, experts)
 
 
 _DISPATCHERS: dict[str, Callable[[TuningTable | None], Dispatcher]] = {

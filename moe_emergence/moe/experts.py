@@ -13,7 +13,6 @@ from emergence_kernels.activations import Activation, pre_activation_width
 
 if TYPE_CHECKING:
     from moe_emergence.moe.dispatch import Dispatcher
-    from moe_emergence.moe.routing import RouterDecision
 
 
 class Experts(nn.Module):
@@ -27,6 +26,8 @@ class Experts(nn.Module):
 
     w1_bias: nn.Parameter | None
     w2_bias: nn.Parameter | None
+    dispatcher: "Dispatcher"
+    """The path, see `get_dispatcher`; no part of the state dict, and free to change."""
 
     def __init__(
         self,
@@ -49,13 +50,14 @@ class Experts(nn.Module):
             self.register_parameter("w2_bias", None)
         self.reset_parameters()
 
-    def forward(self, x_TH: Tensor, decision: "RouterDecision", dispatcher: "Dispatcher") -> Tensor:
-        """Weighted sum (T, H) of every token's experts, by the path `dispatcher`.
+    def forward(self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor) -> Tensor:
+        """Weighted sum (T, H) of every token's experts (T, K) with its weights (T, K).
 
-        The weights are read in here, and nowhere else in a pass: what acts on a module's call
-        (offloading, adapters, sharding, pruning, hooks) acts on them.
+        The signature is that of transformers' experts. The weights are read in here, and nowhere
+        else in a pass: what acts on a module's call (offloading, adapters, sharding, pruning,
+        hooks) acts on them.
         """
-        return dispatcher(x_TH, decision, self)
+        return self.dispatcher(x_TH, topk_experts, topk_weights, self)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """GPT-2's initialisation: normal weights with standard deviation `std`, zero biases."""

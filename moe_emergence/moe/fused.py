@@ -7,7 +7,6 @@ from torch import Tensor
 
 from emergence_kernels import expert_mlp, sort_by_expert
 from moe_emergence.moe.experts import Experts
-from moe_emergence.moe.routing import RouterDecision
 from moe_emergence.moe.tuning import TuningTable
 
 
@@ -20,17 +19,19 @@ class FusedDispatcher:
     def __init__(self, table: TuningTable | None = None) -> None:
         self.table = table
 
-    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
+    ) -> Tensor:
         """Weighted sum (T, H) of every token's experts."""
-        top_k = decision.topk_experts.shape[1]
+        top_k = topk_experts.shape[1]
         return expert_mlp(
             x_TH,
-            decision.topk_weights,
+            topk_weights,
             experts.w1,
             experts.w1_bias,
             experts.w2,
             experts.w2_bias,
-            sort_by_expert(decision.topk_experts, experts.num_experts),
+            sort_by_expert(topk_experts, experts.num_experts),
             experts.activation,
             None if self.table is None else self.table.plan(x_TH, top_k, experts),
         )

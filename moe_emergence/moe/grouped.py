@@ -14,24 +14,25 @@ from torch.nn import functional
 from emergence_kernels import sort_by_expert
 from emergence_kernels.activations import activate
 from moe_emergence.moe.experts import Experts
-from moe_emergence.moe.routing import RouterDecision
 
 
 class GroupedDispatcher:
     """Permute, two grouped products, combine; fp32, bf16 and fp16, rows of whole 16 bytes."""
 
-    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
+    ) -> Tensor:
         """Weighted sum (T, H) of every token's experts."""
-        permutation = sort_by_expert(decision.topk_experts, experts.num_experts)
-        sorted_experts_S = decision.topk_experts.reshape(-1)[permutation.perm]
-        tokens, top_k = decision.topk_experts.shape
+        permutation = sort_by_expert(topk_experts, experts.num_experts)
+        sorted_experts_S = topk_experts.reshape(-1)[permutation.perm]
+        tokens, top_k = topk_experts.shape
         # repeated, then permuted: the backward of a gather with repeated rows adds in any order
         rows_SH = x_TH.unsqueeze(1).expand(-1, top_k, -1).reshape(-1, x_TH.shape[1])
         out_SH = grouped_experts(
             rows_SH[permutation.perm], sorted_experts_S, permutation.expert_offsets, experts
         )
         out_TKH = out_SH[permutation.inv_perm].view(tokens, top_k, out_SH.shape[1])
-        return (out_TKH * decision.topk_weights.unsqueeze(-1)).sum(dim=1).to(out_SH.dtype)
+        return (out_TKH * topk_weights.unsqueeze(-1)).sum(dim=1).to(out_SH.dtype)
 
 
 GroupedProduct = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -33,7 +33,7 @@ class MoELayer(nn.Module):
             balancing, and how far it moves by itself at every training pass.
         pools: let the tokens of a document choose among few experts; not of a hash router.
         dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
-            any time and is not part of the state dict.
+            any time in `experts.dispatcher` and is not part of the state dict.
         layer: index in the model, so that the null models differ between layers.
     """
 
@@ -71,7 +71,7 @@ class MoELayer(nn.Module):
                 pools=pools,
             )
         self.experts = Experts(num_experts, hidden_size, expert_size, activation)
-        self.dispatcher = get_dispatcher(dispatch)
+        self.experts.dispatcher = get_dispatcher(dispatch)
 
     def forward(
         self, x: Tensor, noise: RouterNoise | None = None, token_ids: Tensor | None = None
@@ -82,5 +82,5 @@ class MoELayer(nn.Module):
         """
         x_TH = x.reshape(-1, x.shape[-1])
         decision = self.router(x_TH, noise, token_ids)
-        y_TH = self.experts(x_TH, decision, self.dispatcher)
+        y_TH = self.experts(x_TH, decision.topk_experts, decision.topk_weights)
         return y_TH.view(x.shape), decision

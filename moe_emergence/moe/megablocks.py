@@ -13,7 +13,6 @@ from torch import Tensor
 from emergence_kernels import sort_by_expert
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.grouped import grouped_experts, torch_grouped_mm
-from moe_emergence.moe.routing import RouterDecision
 
 _INSTALL = (
     "pip install --no-deps --no-build-isolation megablocks stanford-stk (it builds a CUDA "
@@ -40,18 +39,20 @@ class MegaBlocksDispatcher:
         if importlib.util.find_spec("grouped_gemm") is not None:
             self.gmm = importlib.import_module("grouped_gemm.ops")
 
-    def __call__(self, x_TH: Tensor, decision: RouterDecision, experts: Experts) -> Tensor:
+    def __call__(
+        self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
+    ) -> Tensor:
         """Weighted sum (T, H) of every token's experts."""
-        top_k = decision.topk_experts.shape[1]
-        permutation = sort_by_expert(decision.topk_experts, experts.num_experts)
-        sorted_experts_S = decision.topk_experts.reshape(-1)[permutation.perm]
+        top_k = topk_experts.shape[1]
+        permutation = sort_by_expert(topk_experts, experts.num_experts)
+        sorted_experts_S = topk_experts.reshape(-1)[permutation.perm]
         indices_S, bin_ids_S = permutation.perm.int(), sorted_experts_S.int()
         bins_E = permutation.expert_offsets[1:].contiguous()
         rows_SH = self.ops.gather(x_TH, indices_S, bin_ids_S, bins_E, top_k)
         out_SH = grouped_experts(
             rows_SH, sorted_experts_S, permutation.expert_offsets, experts, self._product
         )
-        weights_S = decision.topk_weights.reshape(-1)
+        weights_S = topk_weights.reshape(-1)
         y_TH: Tensor = self.ops.scatter(out_SH, indices_S, bin_ids_S, weights_S, bins_E, top_k)
         return y_TH.to(out_SH.dtype)
 
