@@ -48,6 +48,10 @@ class Shape:
     """How tokens choose, see `numerics.choose`."""
     activation: Activation = "gelu_tanh"
     biases: tuple[bool, bool] = (True, True)
+    transposed: tuple[bool, bool] = (False, False)
+    """Whether w1 and w2 are views of their transposes."""
+    absent: bool = False
+    """Whether some rows have no expert: they choose among E + 1, of which the last is not there."""
 
     @property
     def pre_width(self) -> int:
@@ -99,17 +103,25 @@ def make_case(
         return (randn(*size, seed=10 * seed + number) / fan_in**0.5).to(dtype)
 
     tokens, hidden, width, experts = shape.tokens, shape.hidden, shape.width, shape.experts
+
+    def weight(number: int, fan_in: int, fan_out: int, transposed: bool) -> Tensor:
+        drawn = draw(number, experts, fan_in, fan_out, fan_in=fan_in)
+        return surrounded(drawn.mT.contiguous()).mT if transposed else surrounded(drawn)
+
     weights = 0.1 + torch.rand(tokens, shape.top_k, generator=seeded(10 * seed + 7))
-    chosen = choose(tokens, experts, shape.top_k, shape.kind, seed)
+    choices = experts + shape.absent
+    permutation = permutation_of(choose(tokens, choices, shape.top_k, shape.kind, seed), choices)
+    if shape.absent:
+        permutation = permutation._replace(expert_offsets=permutation.expert_offsets[:-1])
     return Case(
         laid_out(surrounded(draw(1, tokens, hidden)), x_layout),
         surrounded(weights),
-        surrounded(draw(2, experts, hidden, shape.pre_width, fan_in=hidden)),
+        weight(2, hidden, shape.pre_width, shape.transposed[0]),
         surrounded(draw(3, experts, shape.pre_width)) if shape.biases[0] else None,
-        surrounded(draw(4, experts, width, hidden, fan_in=width)),
+        weight(4, width, hidden, shape.transposed[1]),
         surrounded(draw(5, experts, hidden)) if shape.biases[1] else None,
         laid_out(surrounded(draw(6, tokens, hidden)), dy_layout),
-        permutation_of(chosen, experts),
+        permutation,
         shape.activation,
     )
 
@@ -131,7 +143,8 @@ def by_kernels(
         dy, x, weights, w1, w2, b2, pre, permutation, activation, kept or x.dtype, plan,
         _given(case, wanted),
     )  # fmt: skip
-    return {"y": y, "pre": pre, **dict(zip(INPUTS, gradients, strict=True))}
+    rows = int(permutation.expert_offsets[-1])
+    return {"y": y, "pre": pre[:rows], **dict(zip(INPUTS, gradients, strict=True))}
 
 
 def by_loop(
@@ -144,7 +157,8 @@ def by_loop(
         dy, x, weights, w1, w2, b2, pre, permutation, activation, kept or x.dtype,
         _given(case, wanted),
     )  # fmt: skip
-    return {"y": y, "pre": pre, **dict(zip(INPUTS, gradients, strict=True))}
+    rows = int(permutation.expert_offsets[-1])
+    return {"y": y, "pre": pre[:rows], **dict(zip(INPUTS, gradients, strict=True))}
 
 
 def _given(case: Case, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -163,7 +177,7 @@ def exactly(case: Case) -> Computed:
     gradients = iter(found)
     return {
         "y": y.detach(),
-        "pre": pre.detach(),
+        "pre": pre.detach()[: int(offsets[-1])],
         **{n: None if t is None else next(gradients) for n, t in zip(INPUTS, leaves, strict=True)},
     }
 
@@ -196,7 +210,8 @@ def plans() -> st.SearchStrategy[GemmPlan]:
 
 
 @st.composite
-def shapes(draw: st.DrawFn) -> Shape:
+def shapes(draw: st.DrawFn, of_operator: bool = False) -> Shape:
+    """With `of_operator` also what only the whole operator has to deal with."""
     experts = draw(st.integers(1, 5), label="E")
     sides = st.sampled_from([1, 5, 8, 9, 16, 17, 24])
     return Shape(
@@ -208,6 +223,8 @@ def shapes(draw: st.DrawFn) -> Shape:
         kind=draw(st.sampled_from(["random", "same", "few"])),
         activation=draw(st.sampled_from(ACTIVATIONS)),
         biases=draw(st.tuples(st.booleans(), st.booleans())),
+        transposed=(of_operator and draw(st.booleans()), of_operator and draw(st.booleans())),
+        absent=of_operator and draw(st.booleans()),
     )
 
 

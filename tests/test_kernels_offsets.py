@@ -170,8 +170,8 @@ class TestRowsAtTheEnd:
         rows, before = late(16)
         inv_perm, y = whole(before + 1, before), untouched(2, 16)
         launch(
-            _combine_fwd_kernel, (1, 1), rows, inv_perm, None, y, 2,
-            H=16, K=1, STRIDE=16, WEIGHTED=False, BLOCK_T=16, BLOCK_H=16, num_warps=4,
+            _combine_fwd_kernel, (1, 1), rows, inv_perm, None, None, y, 2, H=16, K=1, STRIDE=16,
+            E=0, WEIGHTED=False, BOUNDED=False, BLOCK_T=16, BLOCK_H=16, num_warps=4,
         )  # fmt: skip
         assert torch.equal(y, rows[before:].flip(0))
 
@@ -181,9 +181,10 @@ class TestRowsAtTheEnd:
         shares = untouched(tiles, num_rows, dtype=torch.float32)
         shares[:, :256] = numbers(tiles, 256, dtype=torch.float32)
         inv_perm = torch.arange(256, device=KERNEL_DEVICE)
+        offsets = whole(0, 256, dtype=torch.int32)
         found = untouched(256, dtype=torch.float32)
         launch(
-            _sums_bwd_kernel, (1,), None, None, shares, None, inv_perm, inv_perm, None, None, found,
+            _sums_bwd_kernel, (1,), None, None, shares, None, offsets, inv_perm, None, None, found,
             num_rows, E=1, P=0, H=0, N=tiles, N_BIAS=0, E_PAD=1, BLOCK_M=16, BLOCK_W=128,
             AT_ONCE=16, BLOCK_S=256, num_warps=4,
         )  # fmt: skip

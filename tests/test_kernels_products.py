@@ -129,6 +129,22 @@ class TestUpProjection:
         shape = Shape(11, 24, 40, 3, 2, activation=activation)
         self.run_and_check(make_case(shape), config)
 
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    @every_config
+    def test_weights_stored_the_other_way(self, config, activation) -> None:
+        """Read as they are in tf32, which rounds on a GPU alone; IEEE fp32 transposes them."""
+        case = make_case(Shape(11, 24, 40, 3, 2, activation=activation))
+        x, offsets = sorted_rows(case), case.permutation.expert_offsets
+        stored = surrounded(case.w1.mT.contiguous())
+        for precision in ("ieee",) if x.is_cuda else ("ieee", "tf32"):
+            with poisoned_empty(guarded=True):
+                found = up_projection(
+                    x, stored, case.b1, offsets, activation, config, precision, transposed=True
+                )
+                plain = up_projection(x, case.w1, case.b1, offsets, activation, config, precision)
+            for ours, expected in zip(found, plain, strict=True):
+                check(ours, expected.to(FP64))
+
     @loads
     @pytest.mark.parametrize("activation", ACTIVATIONS)
     def test_the_activation_is_of_the_accumulator_not_of_its_rounded_value(

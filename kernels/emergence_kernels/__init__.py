@@ -5,6 +5,7 @@ Letters: T tokens, H model width, F expert width, E experts, K experts per token
 
 from emergence_kernels.expert_mlp import expert_mlp
 from emergence_kernels.grouped_gemm import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
+from emergence_kernels.grouped_linear import grouped_linear
 from emergence_kernels.permutation import Permutation, sort_by_expert
 from emergence_kernels.routing import Routing, route
 
@@ -15,6 +16,7 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dw",
     "grouped_gemm_dx",
+    "grouped_linear",
     "route",
     "sort_by_expert",
 ]

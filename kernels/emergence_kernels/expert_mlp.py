@@ -25,14 +25,9 @@ from torch import Tensor
 from emergence_kernels import expert_mlp_loop
 from emergence_kernels.activations import Activation, pre_activation_width
 from emergence_kernels.gpu.gemm_config import GemmPlan
-from emergence_kernels.operators import define, require, sizes_of, triton_is_installed
+from emergence_kernels.grouped_gemm import empty_gradient
+from emergence_kernels.operators import define, kernels_take, require, sizes_of
 from emergence_kernels.permutation import Permutation
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _kernels_take(x_TH: Tensor) -> bool:
-    return x_TH.is_cuda and x_TH.dtype in _KERNEL_DTYPES and triton_is_installed()
 
 
 def _forward(
@@ -53,7 +48,7 @@ def _forward(
     act = cast(Activation, activation)
     dtype = x_TH.dtype
     b1_EP, b2_EH = _to(dtype, b1_EP), _to(dtype, b2_EH)
-    if _kernels_take(x_TH):
+    if kernels_take(x_TH):
         from emergence_kernels.gpu import expert_mlp as kernels
 
         w1_EHP, w2_EFH = w1_EHP.to(dtype), w2_EFH.to(dtype)
@@ -96,7 +91,7 @@ def _gradients(
     act = cast(Activation, activation)
     dtype, kept = x_TH.dtype, w1_EHP.dtype
     b2_EH = _to(dtype, b2_EH)
-    if _kernels_take(x_TH):
+    if kernels_take(x_TH):
         from emergence_kernels.gpu import expert_mlp as kernels
 
         w1_EHP, w2_EFH = w1_EHP.to(dtype), w2_EFH.to(dtype)
@@ -132,7 +127,9 @@ def _fake_gradients(
 ) -> list[Tensor]:
     inputs = (x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH)
     return [
-        torch.empty_like(t, memory_format=torch.contiguous_format)
+        empty_gradient(t)
+        if t is w1_EHP or t is w2_EFH
+        else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t, is_wanted in zip(inputs, wanted, strict=True)
         if t is not None and is_wanted
     ]
@@ -265,8 +262,10 @@ def expert_mlp(
         x_TH: (T, H) tokens.
         topk_weights_TK: (T, K) routing weights, at least fp32.
         w1_EHP, b1_EP: up projection (E, H, P) and its bias (E, P) or None.
-        w2_EFH, b2_EH: down projection (E, F, H) and its bias (E, H) or None.
-        permutation: from `sort_by_expert` of the (T, K) chosen experts.
+        w2_EFH, b2_EH: down projection (E, F, H) and its bias (E, H) or None. Either weight may be
+            a transposed view of a contiguous tensor; nothing is copied, and its gradient is one.
+        permutation: from `sort_by_expert` of the (T, K) chosen experts. Rows from its last offset
+            on have no expert: nothing is added for them, and their weights' gradient is zero.
         activation: "gelu_tanh" (P = F) or "swiglu" (P = 2F, gate then up).
         plan: how the kernels are tiled on a GPU; None takes the defaults of the architecture.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from emergence_kernels.activations import Activation, activate, activate_backward
 from emergence_kernels.grouped_gemm import (
+    as_stored,
     grouped_gemm,
     grouped_gemm_dw,
     grouped_gemm_dx,
@@ -89,12 +90,16 @@ def backward(
         if b2_EH is not None:
             bias_SH = rows_of_experts(b2_EH, offsets, len(dy_SH))
             dscale_S += _row_products(dy_SH, bias_SH, wide)
+        row_S = torch.arange(len(dscale_S), device=dscale_S.device)
+        dscale_S = dscale_S.masked_fill_(row_S >= offsets[-1], 0)  # rows without an expert
         dweights = dscale_S.index_select(0, permutation.inv_perm).view_as(weights_TK)
         dweights = dweights.to(weights_TK.dtype)
     if want_w2 or want_b2:
         # the scale belongs to either factor of dw2; on dy it serves db2 as well
         _scale_rows(dy_SH, scale_S1)
-        dw2 = grouped_gemm_dw(act_SF, dy_SH, offsets, dtype) if want_w2 else None
+        if want_w2:
+            transposed = as_stored(w2_EFH)[1]
+            dw2 = grouped_gemm_dw(act_SF, dy_SH, offsets, dtype, transposed=transposed)
         db2 = grouped_sum(dy_SH, offsets, dtype) if want_b2 else None
     del act_SF, dy_SH
     if want_up:
@@ -102,7 +107,8 @@ def backward(
         dpre_SP = activate_backward(dact_SF, pre_SP, activation)
         del dact_SF
         if want_w1:
-            dw1 = grouped_gemm_dw(x_TH.index_select(0, token_idx_S), dpre_SP, offsets, dtype)
+            x_SH, transposed = x_TH.index_select(0, token_idx_S), as_stored(w1_EHP)[1]
+            dw1 = grouped_gemm_dw(x_SH, dpre_SP, offsets, dtype, transposed=transposed)
         db1 = grouped_sum(dpre_SP, offsets, dtype) if want_b1 else None
         if want_x:
             dx_SH = grouped_gemm_dx(dpre_SP, w1_EHP, offsets)

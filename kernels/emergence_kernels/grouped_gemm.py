@@ -1,6 +1,9 @@
 """Matrix products over rows grouped by expert: one weight per group, groups of any size.
 
-Letters: S rows sorted by expert, E experts, I input width, O output width. Weights are (E, I, O).
+Letters: S rows sorted by expert, E experts, I input width, O output width. Weights are (E, I, O),
+contiguous or as views of contiguous (E, O, I). Rows from the last offset on belong to no expert:
+they are not read, and their results are zero.
+
 bf16 on CUDA runs as one `torch.nn.functional.grouped_mm`; everything else runs one product per
 expert, written straight into its place in the result.
 """
@@ -22,6 +25,29 @@ def _groups(expert_offsets: Tensor) -> list[tuple[int, int, int]]:
     return [(e, a, b) for e, (a, b) in enumerate(pairwise(bounds)) if b > a]
 
 
+def as_stored(w_EIO: Tensor) -> tuple[Tensor, bool]:
+    """The weight contiguous, and whether as its transpose (E, O, I); a view where it can be."""
+    if not w_EIO.is_contiguous() and w_EIO.mT.is_contiguous():
+        return w_EIO.mT, True
+    return w_EIO.contiguous(), False
+
+
+def empty_gradient(w_EIO: Tensor) -> Tensor:
+    """Memory for the gradient of a weight, transposed if the weight is: no optimizer copies it."""
+    stored, transposed = as_stored(w_EIO)
+    empty = torch.empty_like(stored)
+    return empty.mT if transposed else empty
+
+
+def clear_rest(y: Tensor, end: int | Tensor) -> Tensor:
+    """`y` (S, O) with zeros in its rows from `end` on, where nothing was written."""
+    if isinstance(end, int):
+        y[end:].zero_()
+        return y
+    row_S = torch.arange(len(y), device=y.device)
+    return y.masked_fill_((row_S >= end).unsqueeze(1), 0)
+
+
 def grouped_gemm(
     x_SI: Tensor, w_EIO: Tensor, expert_offsets: Tensor, bias_EO: Tensor | None = None
 ) -> Tensor:
@@ -38,9 +64,9 @@ def grouped_gemm(
     """
     if _one_launch(x_SI, x_SI.shape[1], w_EIO.shape[2]):
         y_SO = functional.grouped_mm(x_SI, w_EIO.to(x_SI.dtype), offs=expert_offsets[1:])
-        return (
-            y_SO if bias_EO is None else y_SO + rows_of_experts(bias_EO, expert_offsets, len(y_SO))
-        )
+        if bias_EO is not None:
+            y_SO += rows_of_experts(bias_EO, expert_offsets, len(y_SO))
+        return clear_rest(y_SO, expert_offsets[-1])
     y_SO = x_SI.new_empty(x_SI.shape[0], w_EIO.shape[2])
     for e, a, b in _groups(expert_offsets):
         w_IO = w_EIO[e].to(x_SI.dtype)
@@ -48,27 +74,36 @@ def grouped_gemm(
             torch.mm(x_SI[a:b], w_IO, out=y_SO[a:b])
         else:
             torch.addmm(bias_EO[e], x_SI[a:b], w_IO, out=y_SO[a:b])
-    return y_SO
+    return clear_rest(y_SO, int(expert_offsets[-1]))
 
 
 def grouped_gemm_dx(dy_SO: Tensor, w_EIO: Tensor, expert_offsets: Tensor) -> Tensor:
     """Gradient (S, I) of the rows: `dy[rows of e] @ w[e].T` for every expert e."""
     if _one_launch(dy_SO, w_EIO.shape[1], w_EIO.shape[2]):
         w_EOI = w_EIO.to(dy_SO.dtype).transpose(1, 2)
-        return functional.grouped_mm(dy_SO, w_EOI, offs=expert_offsets[1:])
+        dx_SI = functional.grouped_mm(dy_SO, w_EOI, offs=expert_offsets[1:])
+        return clear_rest(dx_SI, expert_offsets[-1])
     dx_SI = dy_SO.new_empty(dy_SO.shape[0], w_EIO.shape[1])
     for e, a, b in _groups(expert_offsets):
         torch.mm(dy_SO[a:b], w_EIO[e].to(dy_SO.dtype).t(), out=dx_SI[a:b])
-    return dx_SI
+    return clear_rest(dx_SI, int(expert_offsets[-1]))
 
 
 def grouped_gemm_dw(
-    x_SI: Tensor, dy_SO: Tensor, expert_offsets: Tensor, dtype: torch.dtype | None = None
+    x_SI: Tensor,
+    dy_SO: Tensor,
+    expert_offsets: Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """Gradient (E, I, O) of the weights: `x[rows of e].T @ dy[rows of e]`, 0 for no rows.
 
-    In `dtype`, after a product in that of the factors.
+    In `dtype`, after a product in that of the factors; contiguous, or with `transposed` a view of
+    (E, O, I) that is.
     """
+    if transposed:
+        return grouped_gemm_dw(dy_SO, x_SI, expert_offsets, dtype).mT
     dtype = dtype or x_SI.dtype
     if _one_launch(x_SI, x_SI.shape[1], dy_SO.shape[1]):
         return functional.grouped_mm(x_SI.t(), dy_SO, offs=expert_offsets[1:]).to(dtype)
@@ -105,7 +140,7 @@ def grouped_sum(y_SO: Tensor, expert_offsets: Tensor, dtype: torch.dtype | None 
 
 
 def rows_of_experts(per_expert_EO: Tensor, expert_offsets: Tensor, num_rows: int) -> Tensor:
-    """(S, O): the row of each sorted row's expert."""
+    """(S, O): the row of each sorted row's expert, of any expert for a row without one."""
     row_S = torch.arange(num_rows, device=per_expert_EO.device, dtype=expert_offsets.dtype)
     expert_S = torch.searchsorted(expert_offsets[1:].contiguous(), row_S, right=True)
-    return per_expert_EO[expert_S]
+    return per_expert_EO[expert_S.clamp(max=len(per_expert_EO) - 1)]

@@ -25,6 +25,12 @@ def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def kernels_take(x: Tensor) -> bool:
+    """Whether a product of these rows can go through the Triton kernels."""
+    floats = (torch.float32, torch.bfloat16, torch.float16)
+    return x.is_cuda and x.dtype in floats and triton_is_installed()
+
+
 def sizes_of(
     name: str, specs: Sequence[tuple[str, str]], operands: Sequence[Tensor | None]
 ) -> dict[str, int]:

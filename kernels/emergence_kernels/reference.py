@@ -72,6 +72,7 @@ def grouped_gemm(
     for e, w_IO in enumerate(w_EIO.unbind()):
         y_IO = x_SI[bounds[e] : bounds[e + 1]] @ w_IO
         outputs.append(y_IO if bias_EO is None else y_IO + bias_EO[e])
+    outputs.append(x_SI.new_zeros(len(x_SI) - bounds[-1], w_EIO.shape[2]))
     return torch.cat(outputs)
 
 

@@ -18,6 +18,7 @@ from emergence_kernels.gpu.row_product import row_product
 from emergence_kernels.gpu.small_gradients import output_bias_gradient, sums
 from emergence_kernels.gpu.up_projection import up_projection
 from emergence_kernels.gpu.weight_gradient import weight_gradient
+from emergence_kernels.grouped_gemm import as_stored
 from emergence_kernels.permutation import Permutation
 
 
@@ -51,21 +52,31 @@ def forward(
     precision = matmul_precision(x_TH)
     b1_EP = None if b1_EP is None else b1_EP.contiguous()
     b2_EH = None if b2_EH is None else b2_EH.contiguous()
+    offsets = permutation.expert_offsets
+    w1, w1_transposed = as_stored(w1_EHP)
+    w2, w2_transposed = as_stored(w2_EFH)
     x_SH = gather(with_contiguous_rows(x_TH), permutation.token_idx)
     pre_SP, act_SF = up_projection(
         as_factor(x_SH, precision, in_place=True),
-        as_factor(w1_EHP.contiguous(), precision),
+        as_factor(w1, precision),
         b1_EP,
-        permutation.expert_offsets,
+        offsets,
         activation,
         plan.up,
         precision,
+        transposed=w1_transposed,
     )
-    act_SF = as_factor(act_SF, precision, in_place=True)
-    w2_EFH = as_factor(w2_EFH.contiguous(), precision)
-    out_SH = row_product(act_SF, w2_EFH, b2_EH, permutation.expert_offsets, plan.down, precision)
-    top_k = weights_TK.shape[1]
-    return combine(out_SH, permutation.inv_perm, top_k, weights_TK.contiguous()), pre_SP
+    out_SH = row_product(
+        as_factor(act_SF, precision, in_place=True),
+        as_factor(w2, precision),
+        b2_EH,
+        offsets,
+        plan.down,
+        precision,
+        transposed=w2_transposed,
+    )
+    top_k, weights_TK = weights_TK.shape[1], weights_TK.contiguous()
+    return combine(out_SH, permutation.inv_perm, top_k, weights_TK, offsets), pre_SP
 
 
 def backward(
@@ -93,13 +104,20 @@ def backward(
     want_x, want_weights, want_w1, want_b1, want_w2, want_b2 = wanted
     offsets, token_idx_S = permutation.expert_offsets, permutation.token_idx
     weights_TK = weights_TK.contiguous()
+    w1, w1_transposed = as_stored(w1_EHP)
+    w2, w2_transposed = as_stored(w2_EFH)
     dx = dw1 = dw2 = db2_MH = bias_dscale_NS = None
 
     dy_SH = gather(with_contiguous_rows(dy_TH), token_idx_S)
     dy_factor = as_factor(dy_SH, precision)
-    w2_EFH = as_factor(w2_EFH.contiguous(), precision)
     dact_SF = row_product(
-        dy_factor, w2_EFH, None, offsets, plan.activation_grad, precision, transposed=True
+        dy_factor,
+        as_factor(w2, precision),
+        None,
+        offsets,
+        plan.activation_grad,
+        precision,
+        transposed=not w2_transposed,
     )
     through = activation_gradient(
         dact_SF,
@@ -127,17 +145,26 @@ def backward(
     )
     if through.scaled_act_SF is not None:
         act_SF = as_factor(through.scaled_act_SF, precision, in_place=True)
-        dw2 = weight_gradient(act_SF, dy_factor, offsets, plan.weight_grad, precision, dtype)
+        dw2 = weight_gradient(
+            act_SF, dy_factor, offsets, plan.weight_grad, precision, dtype, transposed=w2_transposed
+        )
     if through.dpre_SP is not None and (want_w1 or want_x):
         dpre_SP = as_factor(through.dpre_SP, precision, in_place=True)
     if want_w1:
         x_SH = gather(with_contiguous_rows(x_TH), token_idx_S)
         x_SH = as_factor(x_SH, precision, in_place=True)
-        dw1 = weight_gradient(x_SH, dpre_SP, offsets, plan.weight_grad, precision, dtype)
-    if want_x:
-        w1_EHP = as_factor(w1_EHP.contiguous(), precision)
-        dx_SH = row_product(
-            dpre_SP, w1_EHP, None, offsets, plan.input_grad, precision, transposed=True
+        dw1 = weight_gradient(
+            x_SH, dpre_SP, offsets, plan.weight_grad, precision, dtype, transposed=w1_transposed
         )
-        dx = combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None)
+    if want_x:
+        dx_SH = row_product(
+            dpre_SP,
+            as_factor(w1, precision),
+            None,
+            offsets,
+            plan.input_grad,
+            precision,
+            transposed=not w1_transposed,
+        )
+        dx = combine(dx_SH, permutation.inv_perm, weights_TK.shape[1], None, offsets)
     return dx, dweights, dw1, db1, dw2, db2

@@ -116,12 +116,13 @@ def _sum_of_tiles(
 
 
 @triton.jit
-def _sum_of_shares(shares_ptr, row, num_rows, N: tl.constexpr, AT_ONCE: tl.constexpr):
-    """Sum over N of the (N, S) shares of these rows; as many loads in flight as at once."""
+def _sum_of_shares(shares_ptr, row, end, num_rows, N: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Sum over N of the (N, S) shares of these rows, those from `end` on without any; as many
+    loads in flight as at once."""
     total = tl.zeros(row.shape, dtype=tl.float32)
     for first in range(0, N, AT_ONCE):
         share = first + tl.arange(0, AT_ONCE)
-        inside = (share < N)[:, None] & (row < num_rows)[None, :]
+        inside = (share < N)[:, None] & (row < end)[None, :]
         share_ptrs = shares_ptr + share.to(tl.int64)[:, None] * num_rows + row[None, :]
         total += tl.sum(tl.load(share_ptrs, mask=inside, other=0.0), 0)
     return total
@@ -170,9 +171,11 @@ def _sums_bwd_kernel(
         if program >= before_weights:
             row = (program - before_weights).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
             slot = tl.load(perm_ptr + row, mask=row < num_rows, other=0)
-            total = _sum_of_shares(dscale_ptr, row, num_rows, N, BLOCK_S)
+            # rows that no expert has are in no tile
+            end = tl.load(expert_offsets_ptr + E)
+            total = _sum_of_shares(dscale_ptr, row, end, num_rows, N, BLOCK_S)
             if N_BIAS > 0:
-                total += _sum_of_shares(bias_dscale_ptr, row, num_rows, N_BIAS, BLOCK_S)
+                total += _sum_of_shares(bias_dscale_ptr, row, end, num_rows, N_BIAS, BLOCK_S)
             dweights = total.to(dweights_ptr.dtype.element_ty)
             tl.store(dweights_ptr + slot, dweights, mask=row < num_rows)
 
@@ -188,7 +191,8 @@ def sums(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of b1 (E, P) and b2 (E, H) in `dtype`, and of the routing weights (T, K).
 
-    Each from its shares, all in fp32; without them it is None. An expert without rows gets zero.
+    Each from its shares, all in fp32; without them it is None. An expert without rows gets zero,
+    and so does the weight of a row without an expert.
     """
     offsets, num_rows = permutation.expert_offsets, permutation.perm.numel()
     num_experts = len(offsets) - 1

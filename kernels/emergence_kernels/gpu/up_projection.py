@@ -4,6 +4,7 @@ Letters: H model width, F expert width, P pre-activation width (F, or 2F for Swi
 E experts, S routed rows sorted by expert.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,19 +27,23 @@ from emergence_kernels.gpu.tiles import (
 @triton.jit
 def _product(
     x_ptr, row, first_row, w1, expert, first_column, half, H: tl.constexpr, F: tl.constexpr,
-    P: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
+    P: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Rows times columns from `half` (0 for gate, F for up) on of one expert."""
     if TMA:
         return multiply_described(
-            x_ptr, first_row, w1, expert, half + first_column, H, False, BLOCK_M, BLOCK_N, BLOCK_K,
-            PRECISION, False,
+            x_ptr, first_row, w1, expert, half + first_column, H, TRANSPOSED, BLOCK_M, BLOCK_N,
+            BLOCK_K, PRECISION, False,
         )  # fmt: skip
     else:
         column = half + (first_column + tl.arange(0, BLOCK_N)) % F
         w_ptr = w1 + expert * (H * P)
-        return multiply_rows(x_ptr, row * H, w_ptr, column, H, P, 1, BLOCK_K, PRECISION)
+        STRIDE_K: tl.constexpr = 1 if TRANSPOSED else P
+        STRIDE_N: tl.constexpr = H if TRANSPOSED else 1
+        return multiply_rows(
+            x_ptr, row * H, w_ptr, column, H, STRIDE_K, STRIDE_N, BLOCK_K, PRECISION
+        )
 
 
 @triton.jit
@@ -94,13 +99,14 @@ def _activate(
 def _up_projection_fwd_kernel(
     x_ptr,  # (S, H) contiguous, rows sorted by expert; its descriptor if TMA
     expert_offsets_ptr,  # (E+1,) int32: first sorted row of every expert
-    w1_ptr,  # (E, H, P) contiguous; its descriptor if TMA
+    w1_ptr,  # (E, H, P) contiguous, or (E, P, H) if TRANSPOSED; its descriptor if TMA
     b1_ptr,  # (E, P) contiguous, read if HAS_BIAS
     pre_ptr,  # (S, P) out: pre-activations
     act_ptr,  # (S, F) out: activations
     E: tl.constexpr,
     H: tl.constexpr,
     F: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     GATED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PART: tl.constexpr,
@@ -123,14 +129,14 @@ def _up_projection_fwd_kernel(
         row = first + tl.arange(0, BLOCK_M)
         wide_row = tl.where(row < end, row, 0).to(tl.int64)
         pre = _product(
-            x_ptr, wide_row, first, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, BLOCK_M, BLOCK_N,
-            BLOCK_K, PRECISION, TMA,
+            x_ptr, wide_row, first, w1_ptr, expert, tile_n * BLOCK_N, 0, H, F, P, TRANSPOSED,
+            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA,
         )  # fmt: skip
         up = pre
         if GATED:
             up = _product(
-                x_ptr, wide_row, first, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, BLOCK_M,
-                BLOCK_N, BLOCK_K, PRECISION, TMA,
+                x_ptr, wide_row, first, w1_ptr, expert, tile_n * BLOCK_N, F, H, F, P, TRANSPOSED,
+                BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, TMA,
             )  # fmt: skip
         _activate(
             pre, up, b1_ptr, expert, pre_ptr, act_ptr, row, end, tile_n * BLOCK_N, F, GATED,
@@ -140,38 +146,45 @@ def _up_projection_fwd_kernel(
 
 def up_projection(
     x_SH: Tensor,
-    w1_EHP: Tensor,
+    w1: Tensor,
     b1_EP: Tensor | None,
     expert_offsets: Tensor,
     activation: Activation,
     config: GemmConfig,
     precision: str,
+    *,
+    transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Pre-activations (S, P) `x[rows of e] @ w1[e] + b1[e]` and activations (S, F).
 
-    `x_SH` is contiguous and sorted by expert. Bias and activation are applied to the fp32
+    `x_SH` is contiguous and sorted by expert. `w1` is (E, H, P), or with `transposed` (E, P, H),
+    contiguous. Bias and activation are applied to the fp32
     accumulator; both results are rounded once.
     """
-    num_experts, hidden, pre_width = w1_EHP.shape
+    if transposed and x_SH.dtype == torch.float32 and precision == "ieee":
+        # as in `row_product`
+        w1, transposed = w1.mT.contiguous(), False
+    num_experts, hidden, pre_width = (w1.mT if transposed else w1).shape
     width = pre_width // 2 if activation == "swiglu" else pre_width
     num_rows = len(x_SH)
     pre_SP = x_SH.new_empty(num_rows, pre_width)
     act_SF = x_SH.new_empty(num_rows, width)
     tiles = tile_bound(num_rows, num_experts, config.block_m) * cdiv(width, config.block_n)
-    tma = can_describe(config, x_SH, w1_EHP)
-    x, w1 = describe_factors(x_SH, w1_EHP, config) if tma else (x_SH, w1_EHP)
+    tma = can_describe(config, x_SH, w1)
+    left, right = describe_factors(x_SH, w1, config, transposed=transposed) if tma else (x_SH, w1)
     launch(
         _up_projection_fwd_kernel,
         (config.programs(tiles, x_SH.device),),
-        x,
+        left,
         expert_offsets,
-        w1,
+        right,
         b1_EP,
         pre_SP,
         act_SF,
         E=num_experts,
         H=hidden,
         F=width,
+        TRANSPOSED=transposed,
         GATED=activation == "swiglu",
         HAS_BIAS=b1_EP is not None,
         PART=512 * config.warps,  # 16 a thread: every target has the registers

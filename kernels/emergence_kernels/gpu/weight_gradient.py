@@ -94,11 +94,16 @@ def weight_gradient(
     config: GemmConfig,
     precision: str,
     dtype: torch.dtype,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """`a[rows of e].T @ b[rows of e]` (E, I, O) for every expert e, zero for no rows.
 
-    Both are contiguous and sorted by expert; the result is in `dtype`, rounded once.
+    Both are contiguous and sorted by expert; the result is in `dtype`, rounded once. It is
+    contiguous, or with `transposed` a view of (E, O, I) that is.
     """
+    if transposed:
+        return weight_gradient(b_SO, a_SI, expert_offsets, config, precision, dtype).mT
     num_experts, inner, outer = len(expert_offsets) - 1, a_SI.shape[1], b_SO.shape[1]
     dw_EIO = a_SI.new_empty(num_experts, inner, outer, dtype=dtype)
     tiles = cdiv(inner, config.block_m) * cdiv(outer, config.block_n) * num_experts

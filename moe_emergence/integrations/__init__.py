@@ -1,0 +1,1 @@
+"""This library inside others' models."""
