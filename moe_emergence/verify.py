@@ -1,6 +1,7 @@
 """`python -m moe_emergence.verify`: certify that a path computes what is defined.
 
-Needs nothing but torch, Triton and rich, so that any machine with a GPU can run it.
+Needs nothing but torch, Triton and rich, so that any machine with a GPU can run it; transformers
+for `--implementation` only.
 """
 
 import argparse
@@ -19,13 +20,16 @@ from rich.console import Console
 from emergence_kernels.activations import Activation
 from moe_emergence.certificate import (
     ACTIVATIONS,
+    FAMILIES,
     Certificate,
     DtypeName,
+    Family,
     Row,
     Status,
     available_dtypes,
     certificate_table,
     certify,
+    certify_family,
     describe_machine,
     get_arithmetic,
     grid,
@@ -47,8 +51,13 @@ class VerifyConfig:
     """Compare paths through the experts with the sequential one: outputs and every gradient, on
     every shape, layout and arithmetic, both judged against fp64."""
 
-    dispatch: tuple[DispatchName, ...] = ("fused",)
-    """Paths to certify."""
+    dispatch: tuple[DispatchName, ...] = ()
+    """Paths to certify; fused where no implementation is named."""
+    implementation: tuple[str, ...] = ()
+    """Experts implementations of transformers to certify, on this library's layer and on tiny
+    models of transformers' families; MODULE:NAME for one that MODULE registers when imported."""
+    family: tuple[str, ...] = ()
+    """Families for --implementation; without it all."""
     dtype: tuple[DtypeName, ...] = ()
     """Arithmetics; without it all that the device has."""
     activation: tuple[Activation, ...] = ACTIVATIONS
@@ -69,7 +78,18 @@ class VerifyConfig:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        check(bool(self.dispatch), "--dispatch", "of nothing", "name at least one path")
+        check(
+            not (self.dispatch and self.implementation),
+            "--dispatch",
+            " ".join(self.dispatch),
+            "certify implementations of transformers in a run of their own",
+        )
+        check(
+            bool(self.implementation) or not self.family,
+            "--family",
+            " ".join(self.family),
+            "give --implementation too",
+        )
         check(bool(self.activation), "--activation", "of nothing", "name at least one")
         check(0 <= self.cases <= 10_000, "--cases", self.cases, "give a number from 0 to 10000")
         check(0 <= self.jobs <= 256, "--jobs", self.jobs, "give a number from 0 to 256")
@@ -113,6 +133,13 @@ def parse_flags(argv: list[str]) -> VerifyConfig:
     }
     for name, (choices, text) in several.items():
         parser.add_argument(f"--{name}", nargs="+", choices=get_args(choices), help=text)
+    parser.add_argument(
+        "--implementation",
+        nargs="+",
+        help="experts implementations of transformers to certify; MODULE:NAME for one that MODULE "
+        "registers when imported",
+    )
+    parser.add_argument("--family", nargs="+", help="families for --implementation (default: all)")
     parser.add_argument("--device", help="auto (cuda where there is one), cpu or cuda")
     parser.add_argument("--cases", type=int, help="random cases on top of the fixed ones (10)")
     parser.add_argument("--seed", type=int, help="of all numbers and of the random cases (0)")
@@ -136,19 +163,32 @@ def main(argv: list[str]) -> int:
     device = torch.device("cuda" if on_cuda else "cpu")
     dtypes = config.dtype or available_dtypes(device)
     arithmetics = [get_arithmetic(name, device) for name in dict.fromkeys(dtypes)]
-    paths: dict[str, Dispatcher] = {name: get_dispatcher(name) for name in config.dispatch}
+    names = config.implementation or config.dispatch or ("fused",)
+    make = _implementation if config.implementation else get_dispatcher
+    paths: dict[str, Dispatcher] = {name: make(name) for name in names}
+    families = _families(config)
     cases = grid(device, config.activation)
     cases += random_cases(config.cases, config.seed, config.activation)
     rows = properties(device)
     jobs = config.jobs or (min(12, os.cpu_count() or 1) if on_cuda else 1)
     writer = _Writer(config, device)
-    with progress_bar("verify", len(arithmetics) * (len(cases) + len(rows))) as advance:
+    steps = len(arithmetics) * (len(cases) + len(rows)) + len(families) * len(paths)
+    with progress_bar("verify", steps) as advance:
 
         def on_rows(found: Sequence[Row]) -> None:
             writer.add(found)
             advance(1)
 
-        certificate = certify(paths, cases, rows, arithmetics, device, config.seed, on_rows, jobs)
+        certificate = certify(
+            paths, cases, rows, arithmetics, device, config.seed, on_rows, jobs, make
+        )
+        of_families: list[Row] = []
+        for name in paths if families else ():
+            for family in families:
+                found = certify_family(name, family, arithmetics, device, config.seed)
+                on_rows(found)
+                of_families += found
+    certificate = Certificate((*certificate.rows, *of_families))
     writer.write(certificate, "certified" if certificate.certified else "not certified")
     console = Console(markup=False, highlight=False)
     for name in paths:
@@ -156,6 +196,21 @@ def main(argv: list[str]) -> int:
     for line in summary_lines(certificate, device):
         console.print(line, soft_wrap=True)
     return 0 if certificate.certified else 1
+
+
+def _implementation(name: str) -> Dispatcher:
+    from moe_emergence.integrations.transformers import ImplementationDispatcher
+
+    return ImplementationDispatcher(name)
+
+
+def _families(config: VerifyConfig) -> list[Family]:
+    if not config.implementation:
+        return []
+    known = {family.name: family for family in FAMILIES}
+    for name in config.family:
+        check(name in known, "--family", name, f"choose from {', '.join(known)}")
+    return [known[name] for name in config.family or known]
 
 
 class _Writer:

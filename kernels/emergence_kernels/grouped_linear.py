@@ -96,7 +96,7 @@ def _differentiable(
     assert w is not None
     b = None if b is None else b.to(x.dtype)
     y_SO = reference.grouped_gemm(x, w.to(x.dtype), offsets, b)
-    leaves = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    leaves = [t for t, want in zip(inputs, wanted, strict=True) if want and t is not None]
     return torch.autograd.grad(y_SO, leaves, dy_SO, create_graph=True)
 
 

@@ -67,14 +67,15 @@ def certify(
     seed: int = 0,
     on_rows: Callable[[Sequence[Row]], None] = lambda rows: None,
     jobs: int = 1,
+    make: Callable[[str], Dispatcher] = get_dispatcher,
 ) -> Certificate:
     """Judge every path in `paths`, by name.
 
     An exception is a failure of its row, and the rest still runs; a `ValueError` that begins with
     `--dispatch` is a path's own word that it does not take such a case. `on_rows` is called with
     the rows of every case or property in every arithmetic once they are known, in any order. With
-    several `jobs` the cases are shared among as many processes, which make the dispatchers anew
-    from their names.
+    several `jobs` the cases are shared among as many processes, which `make` the paths anew from
+    their names.
     """
     rows: list[Row] = []
     tasks = [
@@ -89,7 +90,7 @@ def certify(
             rows += found
     else:
         with ProcessPoolExecutor(jobs, mp_context=warm_processes(__name__)) as pool:
-            shares = [pool.submit(_compare_by_name, tuple(paths), *task) for task in tasks]
+            shares = [pool.submit(_compare_by_name, tuple(paths), make, *task) for task in tasks]
             for share in as_completed(shares):
                 on_rows(share.result())
             for share in shares:
@@ -105,9 +106,14 @@ def certify(
 
 
 def _compare_by_name(
-    names: tuple[str, ...], case: Case, arithmetic: DtypeName, device: torch.device, seed: int
+    names: tuple[str, ...],
+    make: Callable[[str], Dispatcher],
+    case: Case,
+    arithmetic: DtypeName,
+    device: torch.device,
+    seed: int,
 ) -> list[Row]:
-    paths = {name: get_dispatcher(name) for name in names}
+    paths = {name: make(name) for name in names}
     return _compare_alone(paths, case, arithmetic, device, seed)
 
 
@@ -118,12 +124,12 @@ def _compare_alone(
     device: torch.device,
     seed: int,
 ) -> list[Row]:
-    with _one_thread(device):
+    with one_thread(device):
         return list(_compare(paths, case, get_arithmetic(arithmetic, device), device, seed))
 
 
 @contextlib.contextmanager
-def _one_thread(device: torch.device) -> Iterator[None]:
+def one_thread(device: torch.device) -> Iterator[None]:
     """On a CPU: the comparisons' tensors are so small that a second thread only waits."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
@@ -166,7 +172,7 @@ def _compare(
                 ours = run_layer(case, problem, paths[path], arithmetic)
                 found[path].append(Draw(ours, sequential, exact))
             except Exception as error:  # noqa: BLE001 a finding, not an accident
-                broken[path] = _finding(error)
+                broken[path] = finding(error)
     for path, draws in found.items():
         tensors = [] if path in broken else judge(draws, arithmetic, case)
         wrong = [f"{v.tensor}: {v.problem}" for v in tensors if v.problem is not None]
@@ -200,7 +206,7 @@ def _check(
         )
         note = outcome.note
     except Exception as error:  # noqa: BLE001 a finding, not an accident
-        status, note = _finding(error)
+        status, note = finding(error)
     return Row(
         path,
         arithmetic.name,
@@ -214,9 +220,9 @@ def _check(
     )
 
 
-def _finding(error: Exception) -> tuple[Status, str]:
-    """A refusal in the dispatcher's own words, or a failure."""
-    if isinstance(error, ValueError) and str(error).startswith("--dispatch"):
+def finding(error: Exception) -> tuple[Status, str]:
+    """A refusal in the path's own words, or a failure."""
+    if isinstance(error, ValueError) and str(error).startswith(("--dispatch", "--implementation")):
         return "refused", str(error)
     return "failed", _words(error)
 

@@ -83,11 +83,19 @@ def additions(case: Case) -> int:
     return 3 * case.hidden + case.width + up + case.tokens + case.experts + case.top_k + 16
 
 
-def judge(draws: Sequence[Draw], arithmetic: Arithmetic, case: Case) -> list[Verdict]:
-    """One verdict per tensor of the definition's results."""
+def judge(
+    draws: Sequence[Draw], arithmetic: Arithmetic, case: Case, independent: int | None = None
+) -> list[Verdict]:
+    """One verdict per tensor of the definition's results.
+
+    `independent` is how many errors a draw makes that all others follow from, where that is known:
+    those of a model's gradients are made in its experts.
+    """
     names = draws[0].exact.keys()
     return [
-        _judge_tensor(name, draws, arithmetic, case) for name in names if name not in UNJUDGED
+        _judge_tensor(name, draws, arithmetic, case, independent)
+        for name in names
+        if name not in UNJUDGED
     ] + [
         _wrong(name, "a gradient the definition does not have")
         for name in sorted(draws[0].found.keys() - names)
@@ -100,7 +108,9 @@ def terms(tensor: str, case: Case) -> int:
     return {"y": case.width, "x": up, "routing weights": case.hidden}.get(tensor, case.tokens)
 
 
-def _judge_tensor(name: str, draws: Sequence[Draw], arithmetic: Arithmetic, case: Case) -> Verdict:
+def _judge_tensor(
+    name: str, draws: Sequence[Draw], arithmetic: Arithmetic, case: Case, most: int | None
+) -> Verdict:
     for draw in draws:
         problem = _exactly_wrong(name, draw)
         if problem is not None:
@@ -129,6 +139,8 @@ def _judge_tensor(name: str, draws: Sequence[Draw], arithmetic: Arithmetic, case
         ratio = worst[0] / bound if bound else worst[0]
     else:
         independent = _independent(name, draws, elements)
+        if most is not None:
+            independent = min(independent, most * len(draws))
         slack = max(1.0, (ENOUGH / max(independent, 1)) ** 0.5)
         own = max(rms[1:])
         rms_bound = arithmetic.factor**slack * own

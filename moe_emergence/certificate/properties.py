@@ -27,7 +27,7 @@ class Promise:
     dtypes: tuple[str, ...]
 
 
-LIGHT = Promise(paths=("fused", "auto"), dtypes=("fp32", "bf16", "fp16"))
+LIGHT = Promise(paths=("fused", "auto", "emergence"), dtypes=("fp32", "bf16", "fp16"))
 """Little memory and no wait for the device; under autocast the cast weights count on both sides."""
 
 

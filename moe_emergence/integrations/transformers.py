@@ -9,6 +9,8 @@ Letters: T tokens, H model width, F expert width, P pre-activation width (F, or 
 E experts, K experts per token, S = T*K rows sorted by expert.
 """
 
+import importlib
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,9 +67,9 @@ def experts_forward(
     top_k = top_k_index.shape[1]
     # repeated, then permuted: the backward of a gather with repeated rows adds in any order
     x_SH = hidden_states.repeat_interleave(top_k, dim=0)[permutation.perm]
-    pre_SP = grouped_linear(x_SH, w1, b1, permutation.expert_offsets)
+    pre_SP = _linear(x_SH, w1, b1, permutation.expert_offsets)
     act_SF = experts._apply_gate(pre_SP) if experts.has_gate else experts.act_fn(pre_SP)
-    out_SH = grouped_linear(act_SF.to(pre_SP.dtype), w2, b2, permutation.expert_offsets)
+    out_SH = _linear(act_SF, w2, b2, permutation.expert_offsets)
     if experts.has_post_expert_norm:
         out_SH = experts.post_expert_norm(out_SH)
     out_TKH = out_SH[permutation.inv_perm].unflatten(0, top_k_index.shape)
@@ -84,6 +86,23 @@ def _projection(experts: Any, name: str) -> tuple[Tensor, Tensor | None]:
         )
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
     return weight if experts.is_transposed else weight.mT, bias
+
+
+def _linear(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """`grouped_linear` in the dtype of the weight.
+
+    Under autocast the product is rounded to 16 bits, but neither the bias nor what is done to the
+    sum is, as in the models' own loops: a limit acts on other elements of a rounded one.
+    """
+    if not torch.is_autocast_enabled(x_SI.device.type) or w_EIO.dtype == torch.float64:
+        return grouped_linear(x_SI, w_EIO, b_EO, expert_offsets)
+    y_SO = grouped_linear(x_SI, w_EIO, None, expert_offsets).to(w_EIO.dtype)
+    if b_EO is None:
+        return y_SO
+    row_S1 = torch.arange(len(y_SO), device=y_SO.device).unsqueeze(1)
+    member_SE = (row_S1 >= expert_offsets[:-1]) & (row_S1 < expert_offsets[1:])
+    with torch.autocast(x_SI.device.type, enabled=False):
+        return y_SO + member_SE.to(b_EO.dtype) @ b_EO
 
 
 def _sorted(experts: Any, topk_experts_TK: Tensor) -> Permutation:
@@ -107,28 +126,52 @@ def _fused_activation(experts: Any) -> Activation | None:
     return None
 
 
-class ImplementationDispatcher:
-    """The path of this library's experts through a function registered in transformers.
+ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def get_implementation(name: str) -> tuple[str, ExpertsFunction]:
+    """Under what transformers has an experts function registered, and the function.
+
+    Args:
+        name: as registered; or MODULE:NAME, where importing MODULE registers NAME.
 
     Raises:
-        ValueError: for a name that is not registered, saying which are.
+        ValueError: for a module that cannot be imported, and a name that is not registered, saying
+            which are.
+    """
+    module, _, registered = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--implementation {name}: {module}: {error}") from error
+    if registered not in ALL_EXPERTS_FUNCTIONS:
+        known = ", ".join(sorted(ALL_EXPERTS_FUNCTIONS))
+        raise ValueError(f"--implementation {name}: transformers knows {known}")
+    return registered, ALL_EXPERTS_FUNCTIONS[registered]
+
+
+class ImplementationDispatcher:
+    """The path of this library's experts through what transformers has registered as `name`.
+
+    Raises:
+        ValueError: see `get_implementation`; and when called, for what the function cannot be
+            loaded for, or says itself that it does not take.
     """
 
     def __init__(self, name: str) -> None:
-        registered = ALL_EXPERTS_FUNCTIONS
-        if name not in registered:
-            raise ValueError(
-                f"--implementation {name}: transformers knows {', '.join(sorted(registered))}"
-            )
-        self.function = registered[name]
+        self.name = name
+        _, self.function = get_implementation(name)
 
     def __call__(
         self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
     ) -> Tensor:
         """Weighted sum (T, H) of every token's experts."""
-        shown = _Shown(experts)
-        y_TH: Tensor = self.function(shown, x_TH, topk_experts, topk_weights)
-        return y_TH
+        shown: Any = _Shown(experts)
+        try:
+            return self.function(shown, x_TH, topk_experts, topk_weights)
+        except (ImportError, NotImplementedError, ValueError) as error:
+            raise ValueError(f"--implementation {self.name}: {error}") from error
 
 
 class _Shown:

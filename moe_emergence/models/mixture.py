@@ -12,6 +12,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils.logging import get_logger
 
+from moe_emergence.integrations.transformers import ImplementationDispatcher
 from moe_emergence.models.configuration import MixtureConfig
 from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.moe import (
@@ -21,7 +22,7 @@ from moe_emergence.moe import (
     auxiliary_losses,
     routing_variance,
 )
-from moe_emergence.moe.dispatch import get_dispatcher
+from moe_emergence.moe.dispatch import Dispatcher, get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.routing import TopKRouter
 from moe_emergence.moe.tuning import TuningTable
@@ -142,9 +143,39 @@ class MixtureModel(_OfFamily):
 
     def set_dispatch(self, name: str, table: TuningTable | None = None) -> None:
         """Send tokens through the dispatcher called `name` (see `get_dispatcher`) from now on."""
+        self._take(get_dispatcher(name, table))
+        self.config._experts_implementation_internal = "eager"
+
+    def set_experts_implementation(self, experts_implementation: str | dict[str, str]) -> None:
+        """Send tokens through what transformers has registered under this name from now on.
+
+        "eager" stands for this library's own choice, the dispatcher "auto".
+        """
+        super().set_experts_implementation(experts_implementation)
+        self._take_implementation()
+
+    def post_init(self) -> None:
+        """As transformers' own, with the experts implementation of the configuration."""
+        super().post_init()
+        self._take_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """As transformers' own, but "eager" where nothing was asked for."""
+        name: str = super().get_correct_experts_implementation(requested_experts or "eager")
+        return name
+
+    def _take_implementation(self) -> None:
+        name = self.config._experts_implementation
+        self._take(get_dispatcher("auto") if name == "eager" else ImplementationDispatcher(name))
+
+    def _take(self, dispatcher: Dispatcher) -> None:
         for module in self.modules():
             if isinstance(module, Experts):
-                module.dispatcher = get_dispatcher(name, table)
+                module.dispatcher = dispatcher
 
 
 class MixtureHead(_OfFamily):
