@@ -85,7 +85,7 @@ def test_gradients_are_differentiable() -> None:
 def test_it_is_one_opaque_step(transposed) -> None:
     x, w, b, offsets, _ = make([2, 0, 3], 3, 4, transposed, 1, torch.float32)
     leaves = [t.requires_grad_() for t in (x, w, b)]
-    torch.library.opcheck(torch.ops.emergence.grouped_linear.default, (*leaves, offsets))
+    torch.library.opcheck(torch.ops.emergence_kernels.grouped_linear.default, (*leaves, offsets))
 
 
 def test_under_autocast_weights_keep_their_dtype() -> None:

@@ -55,7 +55,7 @@ def test_one_graph_with_the_same_results(activation, top_k, noise) -> None:
 
 
 def operands(activation: str, biases: bool, wanted: tuple[int, ...]) -> tuple:
-    """Arguments of `emergence::expert_mlp`; `wanted` are those with a gradient."""
+    """Arguments of `emergence_kernels::expert_mlp`; `wanted` are those with a gradient."""
     pre = pre_activation_width(activation, 5)
     shapes = [(7, 4), (7, 2), (3, 4, pre), (3, pre), (3, 5, 4), (3, 4)]
     tensors = [randn(*shape, seed=i).requires_grad_(i in wanted) for i, shape in enumerate(shapes)]
@@ -73,13 +73,13 @@ def operands(activation: str, biases: bool, wanted: tuple[int, ...]) -> tuple:
 )
 def test_the_operators_are_registered_as_torch_wants_them(activation, biases, wanted) -> None:
     arguments = operands(activation, biases, wanted)
-    torch.library.opcheck(torch.ops.emergence.expert_mlp.default, arguments)
+    torch.library.opcheck(torch.ops.emergence_kernels.expert_mlp.default, arguments)
     arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
     *tensors, activation, plan = arguments
-    _, pre = torch.ops.emergence.expert_mlp(*arguments)
+    _, pre = torch.ops.emergence_kernels.expert_mlp(*arguments)
     given = [i in wanted for i in range(6)]
     torch.library.opcheck(
-        torch.ops.emergence.expert_mlp_backward.default,
+        torch.ops.emergence_kernels.expert_mlp_backward.default,
         (randn(7, 4, seed=9), *tensors[:6], pre, *tensors[6:], activation, plan, given),
     )
 
@@ -98,8 +98,8 @@ def test_traced_shapes_and_dtypes_are_those_computed(tokens, activation) -> None
     dy = randn(tokens, 4, dtype=FP64)
 
     def both(tensors, dy):
-        y, pre = torch.ops.emergence.expert_mlp(*tensors, activation, plan)
-        gradients = torch.ops.emergence.expert_mlp_backward(
+        y, pre = torch.ops.emergence_kernels.expert_mlp(*tensors, activation, plan)
+        gradients = torch.ops.emergence_kernels.expert_mlp_backward(
             dy, *tensors[:6], pre, *tensors[6:], activation, plan, [True] * 6
         )
         return [y, pre, *gradients]

@@ -49,7 +49,7 @@ OPERATORS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def call(name: str, operands: dict[str, Any]) -> Any:
-    return getattr(torch.ops.emergence, name)(*operands.values())
+    return getattr(torch.ops.emergence_kernels, name)(*operands.values())
 
 
 EACH = [(name, key) for name, make in OPERATORS.items() for key, value in make().items()
@@ -61,7 +61,8 @@ def test_an_operand_on_another_device_is_refused(name: str, key: str) -> None:
     operands = OPERATORS[name]()
     call(name, operands)
     operands[key] = operands[key].to("meta")
-    with pytest.raises(ValueError, match=rf"emergence::{name}: .* on meta.*; move them to one"):
+    message = rf"emergence_kernels::{name}: .* on meta.*; move them to one"
+    with pytest.raises(ValueError, match=message):
         call(name, operands)
 
 
@@ -86,7 +87,7 @@ def test_an_operand_of_another_shape_is_refused(name: str, key: str, change: str
     operands = OPERATORS[name]()
     tensor = operands[key]
     operands[key] = torch.cat([tensor, tensor[:1]]) if change == "longer" else tensor[None]
-    with pytest.raises(ValueError, match=f"emergence::{name}: "):
+    with pytest.raises(ValueError, match=f"emergence_kernels::{name}: "):
         call(name, operands)
 
 
@@ -111,7 +112,7 @@ def test_an_operand_of_another_shape_is_refused(name: str, key: str, change: str
     ],
 )
 def test_what_else_cannot_be_used(name: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"emergence::{name}: .*{message}"):
+    with pytest.raises(ValueError, match=f"emergence_kernels::{name}: .*{message}"):
         call(name, OPERATORS[name]() | changes)
 
 
@@ -124,7 +125,7 @@ def test_what_else_cannot_be_used(name: str, changes: dict[str, Any], message: s
     ],
 )
 def test_what_cannot_be_sorted(chosen: Tensor, num_experts: int, message: str) -> None:
-    with pytest.raises(ValueError, match=f"emergence::sort_by_expert: {message}"):
+    with pytest.raises(ValueError, match=f"emergence_kernels::sort_by_expert: {message}"):
         sort_by_expert(chosen, num_experts)
 
 
@@ -132,7 +133,7 @@ def test_the_plain_way_checks_too() -> None:
     given = mlp_operands()
     permutation = emergence_kernels.sort_by_expert(torch.zeros(T, K, dtype=torch.int64), E)
     with pytest.raises(
-        ValueError, match=r"emergence::expert_mlp: w2 is \(3, 4, 5\), not \(E, F, H"
+        ValueError, match=r"emergence_kernels::expert_mlp: w2 is \(3, 4, 5\), not \(E, F, H"
     ):
         emergence_kernels.expert_mlp(
             given["x"], given["weights"], given["w1"], given["b1"],

@@ -31,7 +31,7 @@ def experts_of(activation: str, *, biases: bool) -> tuple[Tensor | None, ...]:
 def registered(*arguments: Any) -> Tensor:
     """The operator by the way that compilers and modes take."""
     *tensors, permutation, activation = arguments
-    return torch.ops.emergence.expert_mlp(*tensors, *permutation, activation, "")[0]
+    return torch.ops.emergence_kernels.expert_mlp(*tensors, *permutation, activation, "")[0]
 
 
 @pytest.mark.parametrize("run", [emergence_kernels.expert_mlp, registered])

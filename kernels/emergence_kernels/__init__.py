@@ -3,11 +3,11 @@
 Letters: T tokens, H model width, F expert width, E experts, K experts per token, S = T*K rows.
 """
 
-from emergence_kernels.expert_mlp import expert_mlp
-from emergence_kernels.grouped_gemm import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
-from emergence_kernels.grouped_linear import grouped_linear
-from emergence_kernels.permutation import Permutation, sort_by_expert
-from emergence_kernels.routing import Routing, route
+from .expert_mlp import expert_mlp
+from .grouped_gemm import grouped_gemm, grouped_gemm_dw, grouped_gemm_dx
+from .grouped_linear import grouped_linear
+from .permutation import Permutation, sort_by_expert
+from .routing import Routing, route
 
 __all__ = [
     "Permutation",

@@ -12,8 +12,8 @@ than x, they are cast forward and again backward, and their gradients have that 
 of s is `<dA', A> + <dy[r], b2[e]>` with dA' = dy[r] @ w2[e].T, so the down projection's output is
 never stored (arXiv 2512.14080).
 
-The two registered operators, `emergence::expert_mlp` and `emergence::expert_mlp_backward`, choose
-the path by device and dtype and are opaque to `torch.compile`.
+The two registered operators, `expert_mlp` and `expert_mlp_backward`, choose the path by
+device and dtype and are opaque to `torch.compile`.
 """
 
 from contextlib import nullcontext
@@ -22,12 +22,12 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from emergence_kernels import expert_mlp_loop
-from emergence_kernels.activations import Activation, pre_activation_width
-from emergence_kernels.gpu.gemm_config import GemmPlan
-from emergence_kernels.grouped_gemm import empty_gradient
-from emergence_kernels.operators import define, kernels_take, require, sizes_of
-from emergence_kernels.permutation import Permutation
+from . import expert_mlp_loop
+from .activations import Activation, pre_activation_width
+from .gpu.gemm_config import GemmPlan
+from .grouped_gemm import empty_gradient
+from .operators import define, kernels_take, require, sizes_of
+from .permutation import Permutation
 
 
 def _forward(
@@ -49,7 +49,7 @@ def _forward(
     dtype = x_TH.dtype
     b1_EP, b2_EH = _to(dtype, b1_EP), _to(dtype, b2_EH)
     if kernels_take(x_TH):
-        from emergence_kernels.gpu import expert_mlp as kernels
+        from .gpu import expert_mlp as kernels
 
         w1_EHP, w2_EFH = w1_EHP.to(dtype), w2_EFH.to(dtype)
         chosen = kernels.plan_for(x_TH, w1_EHP, permutation, act, plan)
@@ -92,7 +92,7 @@ def _gradients(
     dtype, kept = x_TH.dtype, w1_EHP.dtype
     b2_EH = _to(dtype, b2_EH)
     if kernels_take(x_TH):
-        from emergence_kernels.gpu import expert_mlp as kernels
+        from .gpu import expert_mlp as kernels
 
         w1_EHP, w2_EFH = w1_EHP.to(dtype), w2_EFH.to(dtype)
         chosen = kernels.plan_for(x_TH, w1_EHP, permutation, act, plan)
@@ -168,7 +168,7 @@ def _differentiable(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The wanted gradients as autograd makes them of the plain twin, to be differentiated again."""
-    from emergence_kernels import reference
+    from . import reference
 
     # views: one input may depend on another, and these are the partial derivatives
     inputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)

@@ -7,8 +7,8 @@ E experts, K experts per token, S = T*K rows sorted by expert.
 import torch
 from torch import Tensor
 
-from emergence_kernels.activations import Activation, activate, activate_backward
-from emergence_kernels.grouped_gemm import (
+from .activations import Activation, activate, activate_backward
+from .grouped_gemm import (
     as_stored,
     grouped_gemm,
     grouped_gemm_dw,
@@ -16,7 +16,7 @@ from emergence_kernels.grouped_gemm import (
     grouped_sum,
     rows_of_experts,
 )
-from emergence_kernels.permutation import Permutation
+from .permutation import Permutation
 
 
 def forward(

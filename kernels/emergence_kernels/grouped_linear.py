@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emergence_kernels.grouped_gemm import (
+from .grouped_gemm import (
     as_stored,
     empty_gradient,
     grouped_gemm,
@@ -18,14 +18,14 @@ from emergence_kernels.grouped_gemm import (
     grouped_gemm_dx,
     grouped_sum,
 )
-from emergence_kernels.operators import define, kernels_take, require, sizes_of
+from .operators import define, kernels_take, require, sizes_of
 
 
 def _forward(x_SI: Tensor, w_EIO: Tensor, b_EO: Tensor | None, offsets: Tensor) -> Tensor:
     dtype = x_SI.dtype
     b_EO = None if b_EO is None else b_EO.to(dtype)
     if kernels_take(x_SI):
-        from emergence_kernels.gpu import grouped_linear as kernels
+        from .gpu import grouped_linear as kernels
 
         return kernels.forward(x_SI, w_EIO.to(dtype), b_EO, offsets)
     return grouped_gemm(x_SI, w_EIO, offsets, b_EO)
@@ -41,7 +41,7 @@ def _gradients(
     want_x, want_w, want_b = wanted
     kept = w_EIO.dtype
     if kernels_take(x_SI):
-        from emergence_kernels.gpu import grouped_linear as kernels
+        from .gpu import grouped_linear as kernels
 
         found = kernels.backward(dy_SO, x_SI, w_EIO.to(x_SI.dtype), offsets, kept, wanted)
     else:
@@ -87,7 +87,7 @@ def _differentiable(
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
     """The wanted gradients as autograd makes them of the plain twin, to be differentiated again."""
-    from emergence_kernels import reference
+    from . import reference
 
     # views: one input may depend on another, and these are the partial derivatives
     inputs = [None if t is None else t.view_as(t) for t in (x_SI, w_EIO, b_EO)]

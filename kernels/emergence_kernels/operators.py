@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("emergence", "FRAGMENT")
+NAMESPACE = __name__.partition(".")[0]
+"""The package's name, so that copies under other names, as of the kernel hub, do not collide."""
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 SetupContext = Callable[[Any, tuple[Any, ...], Any], None]
@@ -37,7 +39,7 @@ def sizes_of(
     """Sizes by letter of operands, of each of which `specs` has the name and the shape's letters.
 
     Raises:
-        ValueError: for operands of `emergence::name` on two devices, or whose shapes do not fit.
+        ValueError: for operands of `name` on two devices, or whose shapes do not fit.
     """
     sizes: dict[str, int] = {}
     first = device = None
@@ -48,8 +50,8 @@ def sizes_of(
             first, device = label, tensor.device
         elif tensor.device != device:
             raise ValueError(
-                f"emergence::{name}: {label} is on {tensor.device}, {first} on {device}; move them "
-                "to one device"
+                f"{NAMESPACE}::{name}: {label} is on {tensor.device}, {first} on {device}; "
+                "move them to one device"
             )
         shape = tensor.shape
         fits = len(shape) == len(letters)
@@ -58,14 +60,14 @@ def sizes_of(
         if not fits:
             known = ", ".join(f"{k} = {v}" for k, v in sizes.items() if k in letters)
             wanted = f"({', '.join(letters)})" + (f" with {known}" if known else "")
-            raise ValueError(f"emergence::{name}: {label} is {tuple(shape)}, not {wanted}")
+            raise ValueError(f"{NAMESPACE}::{name}: {label} is {tuple(shape)}, not {wanted}")
     return sizes
 
 
 def require(condition: bool, name: str, what: str) -> None:
-    """Raise the `ValueError` of an operand of `emergence::name` that cannot be used."""
+    """Raise the `ValueError` of an operand of `name` that cannot be used."""
     if not condition:
-        raise ValueError(f"emergence::{name}: {what}")
+        raise ValueError(f"{NAMESPACE}::{name}: {what}")
 
 
 def define(
@@ -75,7 +77,7 @@ def define(
     check: Callable[..., None],
     gradient: tuple[Backward, SetupContext] | None = None,
 ) -> Callable[..., Any]:
-    """Register `emergence::<schema>` and return a callable that takes the shortest way to it.
+    """Register `<NAMESPACE>::<schema>` and return a callable that takes the shortest way to it.
 
     Args:
         schema: name, arguments and results in torch's schema language.
@@ -91,15 +93,15 @@ def define(
     _LIBRARY.define(schema)
     implementation, fake = _checked(implementation, check), _checked(fake, check)
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"emergence::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     direct = implementation
     if gradient is not None:
         backward, setup_context = gradient
         torch.library.register_autograd(
-            f"emergence::{name}", backward, setup_context=setup_context, lib=_LIBRARY
+            f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY
         )
         direct = _function(name, implementation, backward, setup_context).apply
-    registered = getattr(torch.ops.emergence, name).default
+    registered = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def operator(*arguments: Any) -> Any:
         if torch.compiler.is_compiling() or _is_watched() or not _are_plain(arguments):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from emergence_kernels.operators import define, require, sizes_of, triton_is_installed
+from .operators import define, require, sizes_of, triton_is_installed
 
 
 class Permutation(NamedTuple):
@@ -26,7 +26,7 @@ class Permutation(NamedTuple):
 
 def _sort(topk_experts_TK: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     if topk_experts_TK.is_cuda and triton_is_installed():
-        from emergence_kernels.gpu.permutation import sort_by_expert as counting_sort
+        from .gpu.permutation import sort_by_expert as counting_sort
 
         return counting_sort(topk_experts_TK.contiguous(), num_experts)
     flat_S = topk_experts_TK.reshape(-1)

@@ -3,6 +3,20 @@
 import multiprocessing
 import sys
 from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
+
+_PACKAGE = __name__.partition(".")[0]
+IMPORT_PACKAGE = f"""
+import importlib.util, sys
+if {_PACKAGE!r} not in sys.modules:
+    spec = importlib.util.spec_from_file_location(
+        {_PACKAGE!r}, {str(Path(__file__).with_name("__init__.py"))!r}
+    )
+    sys.modules[{_PACKAGE!r}] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[{_PACKAGE!r}])
+"""
+"""Source that imports this package in another process, under the name that it has in this one: the
+kernel hub's loader makes one up, and no path leads to it."""
 
 
 def warm_processes(*modules: str) -> ForkServerContext | SpawnContext:

@@ -8,9 +8,9 @@ E experts, K experts per token, S = T*K rows sorted by expert, I and O input and
 import torch
 from torch import Tensor
 
-from emergence_kernels.activations import Activation, activate
-from emergence_kernels.permutation import Permutation
-from emergence_kernels.routing import Routing
+from .activations import Activation, activate
+from .permutation import Permutation
+from .routing import Routing
 
 
 def sort_by_expert(topk_experts_TK: Tensor, num_experts: int) -> Permutation:

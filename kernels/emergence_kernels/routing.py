@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from emergence_kernels.operators import define, require, sizes_of, triton_is_installed
+from .operators import define, require, sizes_of, triton_is_installed
 
 
 class Routing(NamedTuple):
@@ -43,7 +43,7 @@ def _forward(
     logits_TE: Tensor, top_k: int, noise_TE: Tensor | None, expert_bias_E: Tensor | None
 ) -> tuple[Tensor, ...]:
     if _on_kernels(logits_TE):
-        from emergence_kernels.gpu.routing import route_forward
+        from .gpu.routing import route_forward
 
         return route_forward(logits_TE, top_k, noise_TE, expert_bias_E)
     num_experts = logits_TE.shape[1]
@@ -92,7 +92,7 @@ def _fake_forward(
 def _gradient(probs_TE: Tensor, *operands: Any) -> Tensor:
     """Gradient of the logits from results and gradients, named as in `_plain_gradient`."""
     if _on_kernels(probs_TE):
-        from emergence_kernels.gpu.routing_gradient import route_backward
+        from .gpu.routing_gradient import route_backward
 
         return route_backward(probs_TE, *operands)
     return _plain_gradient(probs_TE, *operands)

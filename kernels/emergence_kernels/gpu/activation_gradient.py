@@ -19,11 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
-from emergence_kernels.permutation import Permutation
+from ..activations import Activation
+from ..permutation import Permutation
+from .activation_functions import gelu_tanh, silu
+from .launch import cdiv, launch, next_power_of_2
+from .tiles import expert_tiles, locate_tile, tile_bound
 
 ROWS_PER_TILE = 64
 _COLUMNS_PER_TILE = 32

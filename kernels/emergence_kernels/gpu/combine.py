@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 
 
 @triton.jit

@@ -25,9 +25,9 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import MockTensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from emergence_kernels.gpu.defaults import Target
-from emergence_kernels.gpu.launch import Launch
-from emergence_kernels.processes import warm_processes
+from ..processes import IMPORT_PACKAGE, warm_processes
+from .defaults import Target
+from .launch import Launch
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ def compile_in_parallel(jobs: Sequence[CompileJob], processes: int) -> Iterator[
 
     Triton's cache then has the kernels, and a launch in any process takes milliseconds.
     """
-    with ProcessPoolExecutor(processes, mp_context=warm_processes(__name__)) as pool:
+    context = warm_processes("triton", "torch", __name__)
+    with ProcessPoolExecutor(processes, context, exec, (IMPORT_PACKAGE, {})) as pool:
         yield from pool.map(_outcome, jobs)
 
 

@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from triton.runtime.driver import driver
 
-from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product
+from .gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product
 
 
 @dataclass(frozen=True)

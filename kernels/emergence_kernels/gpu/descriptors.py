@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from emergence_kernels.gpu.gemm_config import GemmConfig
+from .gemm_config import GemmConfig
 
 
 @cache

@@ -7,19 +7,19 @@ E experts, K experts per token, S = T*K routed rows sorted by expert.
 import torch
 from torch import Tensor
 
-from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.activation_gradient import activation_gradient
-from emergence_kernels.gpu.combine import combine, gather
-from emergence_kernels.gpu.defaults import default_plan, target_of
-from emergence_kernels.gpu.factors import as_factor
-from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
-from emergence_kernels.gpu.launch import matmul_precision, with_contiguous_rows
-from emergence_kernels.gpu.row_product import row_product
-from emergence_kernels.gpu.small_gradients import output_bias_gradient, sums
-from emergence_kernels.gpu.up_projection import up_projection
-from emergence_kernels.gpu.weight_gradient import weight_gradient
-from emergence_kernels.grouped_gemm import as_stored
-from emergence_kernels.permutation import Permutation
+from ..activations import Activation
+from ..grouped_gemm import as_stored
+from ..permutation import Permutation
+from .activation_gradient import activation_gradient
+from .combine import combine, gather
+from .defaults import default_plan, target_of
+from .factors import as_factor
+from .gemm_config import GemmPlan, rows_bucket
+from .launch import matmul_precision, with_contiguous_rows
+from .row_product import row_product
+from .small_gradients import output_bias_gradient, sums
+from .up_projection import up_projection
+from .weight_gradient import weight_gradient
 
 
 def plan_for(

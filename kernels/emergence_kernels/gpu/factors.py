@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import cdiv, launch
+from .launch import cdiv, launch
 
 
 @triton.jit

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from emergence_kernels.gpu.defaults import default_plan, target_of
-from emergence_kernels.gpu.factors import as_factor
-from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
-from emergence_kernels.gpu.launch import matmul_precision
-from emergence_kernels.gpu.row_product import row_product
-from emergence_kernels.gpu.weight_gradient import weight_gradient
-from emergence_kernels.grouped_gemm import as_stored, clear_rest, grouped_sum
+from ..grouped_gemm import as_stored, clear_rest, grouped_sum
+from .defaults import default_plan, target_of
+from .factors import as_factor
+from .gemm_config import GemmPlan, rows_bucket
+from .launch import matmul_precision
+from .row_product import row_product
+from .weight_gradient import weight_gradient
 
 
 def _plan(x_SI: Tensor, num_experts: int) -> GemmPlan:

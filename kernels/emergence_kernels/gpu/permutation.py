@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 
 _ONE_HOT_ELEMENTS = 8_192
 """Size of a one-hot matrix (slots, E) that stays in registers."""

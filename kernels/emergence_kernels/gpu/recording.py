@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emergence_kernels.activations import Activation, pre_activation_width
-from emergence_kernels.gpu import expert_mlp
-from emergence_kernels.gpu.defaults import Target, candidates, default_plan
-from emergence_kernels.gpu.factors import as_factor
-from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmPlan, Product
-from emergence_kernels.gpu.launch import Launch, recorded_launches
-from emergence_kernels.gpu.permutation import sort_by_expert
-from emergence_kernels.gpu.routing import route_forward
-from emergence_kernels.gpu.routing_gradient import route_backward
-from emergence_kernels.permutation import Permutation
+from ..activations import Activation, pre_activation_width
+from ..permutation import Permutation
+from . import expert_mlp
+from .defaults import Target, candidates, default_plan
+from .factors import as_factor
+from .gemm_config import PRODUCTS, GemmPlan, Product
+from .launch import Launch, recorded_launches
+from .permutation import sort_by_expert
+from .routing import route_forward
+from .routing_gradient import route_backward
 
 T, H, F, E, K = 1024, 768, 3072, 8, 1
 S = T * K

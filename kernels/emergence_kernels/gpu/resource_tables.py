@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from emergence_kernels.gpu.resources import Row
+    from .resources import Row
 
 BEGIN, END = "<!-- resource table: begin -->", "<!-- resource table: end -->"
 

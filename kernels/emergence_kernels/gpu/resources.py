@@ -18,11 +18,11 @@ from typing import Literal, get_args
 
 import triton
 
-from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.compiling import CompileJob, Resources, compile_in_parallel
-from emergence_kernels.gpu.defaults import TARGETS
-from emergence_kernels.gpu.launch import Launch
-from emergence_kernels.gpu.recording import (
+from ..activations import Activation
+from .compiling import CompileJob, Resources, compile_in_parallel
+from .defaults import TARGETS
+from .launch import Launch
+from .recording import (
     BUCKETS,
     DTYPES,
     Case,
@@ -31,7 +31,7 @@ from emergence_kernels.gpu.recording import (
     launches,
     product_of,
 )
-from emergence_kernels.gpu.resource_tables import csv_table, replace_table, summary_table
+from .resource_tables import csv_table, replace_table, summary_table
 
 Which = Literal["default", "all"]
 

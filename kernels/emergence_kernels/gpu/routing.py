@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
+from .launch import cdiv, launch, next_power_of_2
 
 _BLOCK_ELEMENTS = 4096
 """Size of a block (tokens, E): several such blocks stay in registers."""

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from emergence_kernels.gpu.routing import tokens_per_block
+from .launch import cdiv, launch, next_power_of_2
+from .routing import tokens_per_block
 
 
 @triton.jit

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.descriptors import can_describe, describe_factors, multiply_described
-from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from emergence_kernels.gpu.tiles import (
+from .descriptors import can_describe, describe_factors, multiply_described
+from .gemm_config import GemmConfig
+from .launch import cdiv, launch, next_power_of_2
+from .tiles import (
     expert_tiles,
     grouped_order,
     locate_tile,

@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from emergence_kernels.gpu.tiles import expert_tiles, locate_tile, tile_bound
-from emergence_kernels.permutation import Permutation
+from ..permutation import Permutation
+from .activation_gradient import ROWS_PER_TILE
+from .launch import cdiv, launch, next_power_of_2
+from .tiles import expert_tiles, locate_tile, tile_bound
 
 _COLUMNS_PER_TILE = 64
 _ROWS_AT_ONCE = 32

@@ -8,7 +8,7 @@ nothing about the routing has to be known on the host but the bound `tile_bound`
 import triton
 import triton.language as tl
 
-from emergence_kernels.gpu.launch import cdiv
+from .launch import cdiv
 
 
 def tile_bound(num_rows: int, num_experts: int, block_m: int) -> int:

@@ -12,10 +12,10 @@ Letters: H model width, F expert width, P pre-activation width, E experts, S rou
 
 from dataclasses import dataclass
 
-from emergence_kernels.activations import Activation, pre_activation_width
-from emergence_kernels.gpu.activation_gradient import ROWS_PER_TILE
-from emergence_kernels.gpu.gemm_config import GemmConfig, GemmPlan, Product
-from emergence_kernels.gpu.launch import cdiv
+from ..activations import Activation, pre_activation_width
+from .activation_gradient import ROWS_PER_TILE
+from .gemm_config import GemmConfig, GemmPlan, Product
+from .launch import cdiv
 
 
 @dataclass(frozen=True)

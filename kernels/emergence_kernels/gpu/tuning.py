@@ -17,15 +17,15 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 from triton.testing import do_bench
 
-from emergence_kernels.activations import Activation, pre_activation_width
-from emergence_kernels.gpu.compiling import CompileJob, compile_in_parallel
-from emergence_kernels.gpu.defaults import Target, candidates, default_plan, target_of
-from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product, rows_bucket
-from emergence_kernels.gpu.launch import matmul_precision, recorded_launches
-from emergence_kernels.gpu.row_product import row_product
-from emergence_kernels.gpu.up_projection import up_projection
-from emergence_kernels.gpu.weight_gradient import weight_gradient
-from emergence_kernels.permutation import sort_by_expert
+from ..activations import Activation, pre_activation_width
+from ..permutation import sort_by_expert
+from .compiling import CompileJob, compile_in_parallel
+from .defaults import Target, candidates, default_plan, target_of
+from .gemm_config import PRODUCTS, GemmConfig, GemmPlan, Product, rows_bucket
+from .launch import matmul_precision, recorded_launches
+from .row_product import row_product
+from .up_projection import up_projection
+from .weight_gradient import weight_gradient
 
 _log = logging.getLogger(__name__)
 

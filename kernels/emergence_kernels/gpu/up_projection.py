@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.activations import Activation
-from emergence_kernels.gpu.activation_functions import gelu_tanh, silu
-from emergence_kernels.gpu.descriptors import can_describe, describe_factors, multiply_described
-from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import cdiv, launch, next_power_of_2
-from emergence_kernels.gpu.tiles import (
+from ..activations import Activation
+from .activation_functions import gelu_tanh, silu
+from .descriptors import can_describe, describe_factors, multiply_described
+from .gemm_config import GemmConfig
+from .launch import cdiv, launch, next_power_of_2
+from .tiles import (
     expert_tiles,
     grouped_order,
     halves,

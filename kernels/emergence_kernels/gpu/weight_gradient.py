@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from emergence_kernels.gpu.descriptors import can_describe, describe
-from emergence_kernels.gpu.gemm_config import GemmConfig
-from emergence_kernels.gpu.launch import cdiv, launch
-from emergence_kernels.gpu.tiles import CHAIN, grouped_order
+from .descriptors import can_describe, describe
+from .gemm_config import GemmConfig
+from .launch import cdiv, launch
+from .tiles import CHAIN, grouped_order
 
 
 @triton.jit
