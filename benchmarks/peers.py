@@ -1,8 +1,9 @@
 """Other people's mixtures of experts, run on this library's weights.
 
-transformers: its own eager loop and its `batched_mm` and `grouped_mm` experts functions. For GELU
-experts with biases all three run on a `GptOssExperts` whose gate is replaced by the tanh GELU (its
-weights are (E, in, out) with biases); for SwiGLU on a `MixtralExperts`, which holds (E, out, in).
+transformers: every experts function that is registered there, this library's among them, and its
+own loop. For GELU experts with biases the loop is that of a `GptOssExperts` whose gate is replaced
+by the tanh GELU (its weights are (E, in, out) with biases); for SwiGLU that of a `MixtralExperts`,
+which holds (E, out, in).
 Liger's fused layer is SwiGLU without biases, bf16 and fp16 on a GPU; MegaBlocks takes part through
 this library's dispatcher of that name.
 """
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from benchmarks.contestants import (
     FLOOR,
@@ -27,6 +29,7 @@ from benchmarks.contestants import (
 from benchmarks.gate import Results
 from benchmarks.workloads import Problem
 from emergence_kernels.activations import activate
+from moe_emergence.integrations.transformers import ImplementationDispatcher
 
 BATCHED_LIMIT = {"cpu": 0.3e9, "cuda": 12e9}
 """Bytes of weights that `batched_mm` may copy in a forward pass, by device type."""
@@ -44,7 +47,7 @@ def _transposed_copy(weight_EIO: Tensor) -> Tensor:
     return weight_EIO.detach().transpose(1, 2).contiguous().requires_grad_()
 
 
-def _gelu_experts(problem: Problem, implementation: str) -> Contestant:
+def _gelu_experts(problem: Problem) -> Contestant:
     experts = problem.experts
     num_experts, hidden, width = experts.w1.shape
     modeling = _import("transformers.models.gpt_oss.modeling_gpt_oss")
@@ -54,7 +57,7 @@ def _gelu_experts(problem: Problem, implementation: str) -> Contestant:
         intermediate_size=width,
         swiglu_alpha=1.0,
         swiglu_limit=1.0,
-        _experts_implementation=implementation,
+        _experts_implementation="eager",
     )
     with torch.device("meta"):
         module: Any = modeling.GptOssExperts(config)
@@ -67,7 +70,7 @@ def _gelu_experts(problem: Problem, implementation: str) -> Contestant:
     )
 
 
-def _swiglu_experts(problem: Problem, implementation: str) -> Contestant:
+def _swiglu_experts(problem: Problem) -> Contestant:
     experts = problem.experts
     modeling = _import("transformers.models.mixtral.modeling_mixtral")
     config = SimpleNamespace(
@@ -75,7 +78,7 @@ def _swiglu_experts(problem: Problem, implementation: str) -> Contestant:
         hidden_size=experts.w1.shape[1],
         intermediate_size=experts.w2.shape[1],
         hidden_act="silu",
-        _experts_implementation=implementation,
+        _experts_implementation="eager",
     )
     with torch.device("meta"):
         module: Any = modeling.MixtralExperts(config)
@@ -90,20 +93,32 @@ def _swiglu_experts(problem: Problem, implementation: str) -> Contestant:
     )
 
 
-def transformers_entry(implementation: str, about: str) -> Entry:
-    """transformers' experts with `_experts_implementation` set to `implementation`."""
+def _prepare_eager(problem: Problem) -> Contestant:
+    is_gelu = problem.experts.activation == "gelu_tanh"
+    return _gelu_experts(problem) if is_gelu else _swiglu_experts(problem)
+
+
+def implementation_entry(name: str) -> Entry:
+    """What transformers has registered as `name`, on this library's experts."""
 
     def prepare(problem: Problem) -> Contestant:
-        experts, device = problem.experts, problem.x_TH.device.type
-        if implementation == "batched_mm":
+        experts, decision = problem.experts, problem.decision
+        chosen_TK, weights_TK = decision.topk_experts, decision.topk_weights
+        if name == "batched_mm":
             per_row = experts.w1[0].numel() + experts.w2[0].numel()
-            size = problem.decision.topk_experts.numel() * per_row * experts.w1.element_size()
-            if size > BATCHED_LIMIT[device]:
+            size = chosen_TK.numel() * per_row * experts.w1.element_size()
+            if size > BATCHED_LIMIT[problem.x_TH.device.type]:
                 raise not_applicable(f"it would copy {size / 1e9:.1f} GB of weights, one per row")
-        build = _gelu_experts if experts.activation == "gelu_tanh" else _swiglu_experts
-        return build(problem, implementation)
+        path = ImplementationDispatcher(name)
+        try:
+            path(problem.x_TH[:1], chosen_TK[:1], weights_TK[:1], experts)
+        except ValueError as refusal:
+            raise not_applicable(str(refusal)) from refusal
+        return Contestant(
+            lambda: path(problem.x_TH, chosen_TK, weights_TK, experts), problem.leaves
+        )
 
-    return Entry(f"hf-{implementation}", prepare, about)
+    return Entry(f"hf-{name}", prepare, f"registered in transformers as {name}")
 
 
 def _prepare_liger(problem: Problem) -> Contestant:
@@ -161,9 +176,8 @@ class _Swapped(Contestant):
 
 
 PEERS = (
-    transformers_entry("eager", "transformers' loop"),
-    transformers_entry("batched_mm", "transformers, one weight copy per row"),
-    transformers_entry("grouped_mm", "transformers' grouped_mm path"),
+    Entry("hf-eager", _prepare_eager, "transformers' loop"),
+    *map(implementation_entry, sorted(ALL_EXPERTS_FUNCTIONS)),
     Entry("liger", _prepare_liger, "Liger's fused mixture of experts"),
     dispatcher_entry("megablocks", "MegaBlocks' gather and scatter around torch's grouped_mm"),
     Entry("scattermoe", _prepare_scattermoe, "ScatterMoE"),

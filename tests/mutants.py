@@ -23,6 +23,7 @@ TESTS_OF_FILE = {
     "gpu/small_gradients.py": (GRADIENTS, WHOLE),
     "gpu/expert_mlp.py": (WHOLE, FACTORS),
     "gpu/factors.py": (FACTORS,),
+    "gpu/grouped_linear.py": ("tests/test_grouped_linear.py",),
     "gpu/descriptors.py": ("tests/test_kernels_descriptors.py",),
     "gpu/routing.py": ("tests/test_kernels_routing.py",),
     "gpu/routing_gradient.py": ("tests/test_kernels_routing.py",),
@@ -430,7 +431,7 @@ SMALL_GRADIENTS = [
     Mutation(
         "routing-weights-gradient-without-the-bias",
         "gpu/small_gradients.py",
-        "total += _sum_of_shares(bias_dscale_ptr, row, num_rows, N_BIAS, BLOCK_S)",
+        "total += _sum_of_shares(bias_dscale_ptr, row, end, num_rows, N_BIAS, BLOCK_S)",
         "total += 0.0",
     ),
     Mutation(
@@ -454,8 +455,20 @@ SMALL_GRADIENTS = [
     Mutation(
         "routing-weights-gradient-of-column-tiles-that-are-none",
         "gpu/small_gradients.py",
-        "(share < N)[:, None] & (row < num_rows)[None, :]",
-        "(row < num_rows)[None, :]",
+        "(share < N)[:, None] & (row < end)[None, :]",
+        "(row < end)[None, :]",
+    ),
+    Mutation(
+        "routing-weights-gradient-of-rows-without-an-expert",
+        "gpu/small_gradients.py",
+        "        inside = (share < N)[:, None] & (row < end)[None, :]",
+        "        inside = (share < N)[:, None] & (row < num_rows)[None, :]",
+    ),
+    Mutation(
+        "combine-of-rows-without-an-expert",
+        "gpu/combine.py",
+        "            there = inside & (row < tl.load(expert_offsets_ptr + E))[:, None]",
+        "            there = inside",
     ),
     Mutation(
         "sum-of-tiles-last-tile-dropped",
@@ -536,8 +549,8 @@ ASSEMBLY = [
     Mutation(
         "forward-without-b2",
         "gpu/expert_mlp.py",
-        "act_SF, w2_EFH, b2_EH,",
-        "act_SF, w2_EFH, None,",
+        "        b2_EH,\n        offsets,\n        plan.down,",
+        "        None,\n        offsets,\n        plan.down,",
     ),
     Mutation(
         "db1-dropped",
@@ -560,8 +573,32 @@ ASSEMBLY = [
     Mutation(
         "w1s-strides-taken-for-contiguous",
         "gpu/expert_mlp.py",
-        "        as_factor(w1_EHP.contiguous(), precision),\n",
-        "        as_factor(w1_EHP, precision),\n",
+        "offsets = permutation.expert_offsets\n    w1, w1_transposed = as_stored(w1_EHP)\n",
+        "offsets = permutation.expert_offsets\n    w1, w1_transposed = w1_EHP, False\n",
+    ),
+    Mutation(
+        "up-projection-of-a-transposed-weight-as-if-it-were-none",
+        "gpu/up_projection.py",
+        "STRIDE_K: tl.constexpr = 1 if TRANSPOSED else P",
+        "STRIDE_K: tl.constexpr = P",
+    ),
+    Mutation(
+        "transposed-gradient-of-w1-taken-for-plain",
+        "gpu/expert_mlp.py",
+        "x_SH, dpre_SP, offsets, plan.weight_grad, precision, dtype, transposed=w1_transposed",
+        "x_SH, dpre_SP, offsets, plan.weight_grad, precision, dtype",
+    ),
+    Mutation(
+        "grouped-linears-rows-without-an-expert-as-they-are",
+        "gpu/grouped_linear.py",
+        "return clear_rest(y_SO, expert_offsets[-1])",
+        "return y_SO",
+    ),
+    Mutation(
+        "grouped-linears-input-gradient-from-the-weight-itself",
+        "gpu/grouped_linear.py",
+        "            transposed=not transposed,",
+        "            transposed=transposed,",
     ),
     Mutation(
         "xs-columns-taken-for-contiguous",

@@ -21,7 +21,7 @@ from benchmarks.contestants import FLOOR, OURS, Contestant, Entry
 from benchmarks.gate import Gate, evaluate, sequential_results
 from benchmarks.grid import main as grid_main
 from benchmarks.layer import PHASES, measure_layer
-from benchmarks.peers import transformers_entry
+from benchmarks.peers import PEERS
 from benchmarks.report import build_report
 from benchmarks.results import Document, Row, read_document, write_document
 from benchmarks.scaling import fit_exponent
@@ -93,9 +93,9 @@ def test_every_suite_runs_and_every_path_of_ours_passes(grid: Path) -> None:
 def test_peers_are_compared_or_say_why_not(grid: Path) -> None:
     rows = [r for r in read_document(grid / "grid.json").rows if r.suite == "layer"]
     verdicts = {row.contestant: row for row in rows if row.phase == "full"}
-    for name in ("hf-eager", "hf-batched_mm", "hf-grouped_mm"):
+    for name in ("hf-eager", "hf-batched_mm", "hf-grouped_mm", "hf-emergence"):
         assert verdicts[name].verdict in ("passed", "imprecise"), verdicts[name]
-    for name in ("liger", "megablocks", "scattermoe"):
+    for name in ("liger", "megablocks", "scattermoe", "hf-deepgemm", "hf-sonicmoe"):
         assert verdicts[name].verdict in ("not installed", "not applicable", "passed")
         assert verdicts[name].verdict == "passed" or verdicts[name].note
 
@@ -204,11 +204,12 @@ def test_dtypes_of_a_case_share_their_exact_result() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu_tanh", "swiglu"])
-@pytest.mark.parametrize("name", ["eager", "batched_mm"])
+@pytest.mark.parametrize("name", ["eager", "batched_mm", "emergence"])
 def test_transformers_computes_our_function_in_fp64(name, activation) -> None:
     """No tolerance forgives a difference here; `grouped_mm` does not take fp64."""
     problem = make_problem(replace(TINY, activation=activation), "cpu").to(torch.float64)
-    contestant = transformers_entry(name, "").prepare(problem)
+    entry = next(entry for entry in PEERS if entry.name == f"hf-{name}")
+    contestant = entry.prepare(problem)
     found = evaluate(contestant.run, contestant.leaves, problem.dy_TH)
     for key, exact in sequential_results(problem).items():
         torch.testing.assert_close(contestant.canonical(found)[key], exact, rtol=1e-9, atol=1e-9)
