@@ -48,6 +48,12 @@ class RunConfig:
     autotune: bool = False
     """On a GPU, measure kernel configurations and paths for this run's shape first; --cache-dir
     keeps them for later runs."""
+    fsdp_size: int = 1
+    """Processes that share out weights, gradients and optimizer states among them (FSDP2), as many
+    times as there are processes for; 1 leaves each a copy of all."""
+    ep_size: int = 1
+    """Of these, processes that share out the experts whole and send each other the tokens (expert
+    parallelism)."""
     debug: bool = False
     """Show the traceback of an error."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -69,6 +75,7 @@ class RunConfig:
             self.stop_after,
             f"give a step from 1 to --max-steps ({self.optim.max_steps})",
         )
+        self._check_sharding()
         for group in (self.model, self.data, self.optim, self.monitor):
             for name, value in vars(group).items():
                 finite = not isinstance(value, float) or math.isfinite(value)
@@ -91,4 +98,37 @@ class RunConfig:
             "--pretrain-steps",
             self.optim.pretrain_steps,
             "upcycling a base made from scratch needs dense steps first; give at least 1",
+        )
+
+    def _check_sharding(self) -> None:
+        size, experts = self.ep_size, self.model.num_experts
+        check(self.fsdp_size >= 1, "--fsdp-size", self.fsdp_size, "give at least 1")
+        check(
+            size >= 1 and self.fsdp_size % size == 0,
+            "--ep-size",
+            size,
+            f"give a divisor of --fsdp-size ({self.fsdp_size})",
+        )
+        check(
+            size == 1 or bool(self.model.moe_layers),
+            "--ep-size",
+            size,
+            "a model without --moe-layers has no experts; give 1",
+        )
+        check(
+            experts % size == 0, "--ep-size", size, f"give a divisor of --num-experts ({experts})"
+        )
+        sharded = self.fsdp_size > 1
+        check(
+            not sharded or not self.model.frozen_layers,
+            "--frozen-layers",
+            self.model.frozen_layers,
+            "layers that are passed over cannot be sharded; give 0, or --fsdp-size 1",
+        )
+        check(
+            size == 1 or not self.autotune,
+            "--autotune",
+            "",
+            f"what is measured here are all experts, not the share of one of --ep-size {size} "
+            "processes; leave it out",
         )

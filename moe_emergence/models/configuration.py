@@ -1,12 +1,19 @@
 """Configurations of models with mixture-of-experts layers."""
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from moe_emergence.moe.pools import DocumentPools, check_pool_size
 from moe_emergence.moe.routing import RouterKind, Top1Weight
+
+
+def _expert_plan(experts: str, *parameters: str) -> dict[str, str]:
+    """Of transformers' expert parallelism: whole experts on every process, tokens sent to them."""
+    plan = {f"{experts}.{name}": "grouped_gemm" for name in parameters}
+    return {**plan, experts: "ep_dispatch_experts"}
+
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """transformers' names for the activation of GPT-2's MLP."""
@@ -111,6 +118,14 @@ class MoEGPT2Config(MixtureConfig, GPT2Config):
     """A `GPT2Config` with mixture layers."""
 
     model_type = "moe_gpt2"
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "wte": "free_full_weight",
+        "h.*": "free_full_weight",
+        "ln_f": "keep_full_weight",
+    }
+    base_model_ep_plan: ClassVar[Any] = _expert_plan(
+        "h.*.mlp.experts", "w1", "w1_bias", "w2", "w2_bias"
+    )
 
     def check_mlp(self) -> None:
         """Experts have a tanh GELU."""
@@ -126,6 +141,7 @@ class SwiGLUMixtureConfig(MixtureConfig):
 
     output_router_decisions = True
     """Tells transformers' output capturing to collect them."""
+    base_model_ep_plan: ClassVar[Any] = _expert_plan("layers.*.mlp.experts", "w1", "w2")
     hidden_act: str
 
     def check_mlp(self) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_emergence.errors import RunError
@@ -46,11 +47,17 @@ class Checkpoint:
 
 
 def save_model_folder(
-    target: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    target: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write a Hugging Face folder (model and tokenizer) beside `target`, then swap it in."""
+    """Write a Hugging Face folder (model and tokenizer) beside `target`, then swap it in.
+
+    `weights` is the state dict of a model that holds a share of it only, or None.
+    """
     with _NewFolder(target) as folder:
-        _write_model(folder, model, tokenizer)
+        _write_model(folder, model, tokenizer, weights)
 
 
 def save_checkpoint(
@@ -58,6 +65,7 @@ def save_checkpoint(
     step: int,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None,
     trainer_state: dict[str, Any],
     progress: dict[str, Any],
     config: dict[str, Any],
@@ -66,12 +74,14 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint of `step`, then delete all but the newest `keep_last_k`.
 
+    For `weights` see `save_model_folder`.
+
     Raises:
         RunError: when the disk is full or not writable; older checkpoints stay as they are.
     """
     target = run.checkpoint(step)
     with _NewFolder(target) as folder:
-        _write_model(folder, model, tokenizer)
+        _write_model(folder, model, tokenizer, weights)
         torch.save(trainer_state, folder / TRAINER_STATE)
         files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
         manifest = {
@@ -169,9 +179,14 @@ def recover_folders(run: RunFolder) -> None:
             shutil.rmtree(path)
 
 
-def _write_model(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_model(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None,
+) -> None:
     # one shard whatever the size, so that the weights have one name
-    model.save_pretrained(folder, max_shard_size="1TB")
+    model.save_pretrained(folder, state_dict=weights, max_shard_size="1TB")
     tokenizer.save_pretrained(folder)
 
 

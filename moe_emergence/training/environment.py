@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from moe_emergence.config import RunConfig
+from moe_emergence.training.sharding import ShardedAccelerator
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "torchdata", "triton")
 
@@ -29,11 +30,15 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if precision == "auto":
         precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[ddp],
-    )
+    options: dict[str, Any] = {
+        "cpu": on_cpu,
+        "mixed_precision": "bf16" if precision == "bf16" else "no",
+        "kwargs_handlers": [ddp],
+    }
+    if config.fsdp_size > 1:
+        accelerator: Accelerator = ShardedAccelerator(config.fsdp_size, **options)
+    else:
+        accelerator = Accelerator(**options)
     # the step weighs its micro-batches itself, whatever the launcher's environment says
     accelerator.gradient_accumulation_steps = 1
     return accelerator

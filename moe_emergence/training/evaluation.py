@@ -48,6 +48,7 @@ def evaluate(
     max_blocks: int = 0,
     moe_layers: tuple[int, ...] = (),
     num_experts: int = 0,
+    together: bool = False,
 ) -> Evaluation:
     """Evaluate on (rows, L) blocks per domain, shared out over the processes.
 
@@ -57,6 +58,7 @@ def evaluate(
         batch_size: B per process; it does not change which tokens are seen.
         max_blocks: rows per domain, 0 for all.
         moe_layers: indices of the mixture layers, in order; with `num_experts` E each.
+        together: a forward pass needs all processes at once, as that of a sharded model does.
     """
     limit = max_blocks or None
     with evaluating(model):
@@ -69,6 +71,7 @@ def evaluate(
                 batch_size,
                 len(moe_layers),
                 num_experts,
+                together,
             )
             for i, domain in enumerate(DOMAINS)
         ]
@@ -110,21 +113,18 @@ def _domain_sums(
     batch_size: int,
     num_layers: int,
     num_experts: int,
+    together: bool,
 ) -> Tensor:
     """fp64 sums of one domain over this process's rows, flat.
 
     Summed lm_loss, rows and summed z loss, then the assignments (N*E,) and the summed clean
     probabilities (N*E,).
     """
-    device = accelerator.device
+    device, processes = accelerator.device, accelerator.num_processes
     losses = torch.zeros(3, dtype=torch.float64, device=device)
     routing = torch.zeros(2, num_layers, num_experts, dtype=torch.float64, device=device)
-    for batch in eval_batches(
-        blocks,
-        batch_size,
-        process_index=accelerator.process_index,
-        num_processes=accelerator.num_processes,
-    ):
+    done_here = 0
+    for batch in eval_batches(blocks, batch_size, accelerator.process_index, processes):
         input_ids = batch.to(device)
         domain_ids = torch.full((len(input_ids),), domain_id, device=device)
         done = forward(model, input_ids, domain_ids)
@@ -135,4 +135,9 @@ def _domain_sums(
             losses[2] += torch.stack(z_losses).double().mean() * len(input_ids)
             routing[0] += torch.stack([d.expert_counts() for d in done.decisions])
             routing[1] += torch.stack([d.router_probs.double().sum(0) for d in done.decisions])
+        done_here += 1
+    most = math.ceil(math.ceil(len(blocks) / processes) / batch_size)
+    for _ in range(most - done_here if together else 0):
+        # not counted: some other process has a row more
+        forward(model, blocks[:1].long().to(device), torch.zeros(1, device=device))
     return torch.cat([losses, routing.flatten()])

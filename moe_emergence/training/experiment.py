@@ -40,6 +40,7 @@ from moe_emergence.training.environment import describe_environment, make_accele
 from moe_emergence.training.graph import check_can_capture, dispatch_of
 from moe_emergence.training.memory import keep_freed_memory
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint
+from moe_emergence.training.sharding import check_can_shard
 from moe_emergence.training.tracking import check_tracker
 from moe_emergence.training.trainer import RunSummary, Trainer, tokens_per_step
 from moe_emergence.training.tuning import check_can_tune, measured
@@ -88,6 +89,7 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
         keep_freed_memory()
     check_can_tune(config, accelerator)
     check_can_capture(config, accelerator)
+    check_can_shard(config, accelerator)
     data = _prepare(config, accelerator)
     check_same_data_as(run, checkpoint, data.manifest)
     begun: list[Stage] = []
@@ -113,7 +115,7 @@ def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
     alone = replace(config.optim, compare_dense=False, compare_null=False)
     optim = replace(alone, pretrain_steps=0)
     dense = replace(
-        config, stop_after=None, model=replace(config.model, moe_layers=()), optim=optim
+        config, stop_after=None, ep_size=1, model=replace(config.model, moe_layers=()), optim=optim
     )
     is_moe = bool(config.model.moe_layers)
     base_run = RunFolder(run.root / "dense-base")

@@ -21,6 +21,8 @@ _FREE = frozenset(
         "dispatch",
         "autotune",
         "cuda_graph",
+        "fsdp_size",
+        "ep_size",
         "debug",
         "optim.batch_size",
         "optim.grad_accum_steps",

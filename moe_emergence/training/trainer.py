@@ -34,6 +34,13 @@ from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.recorder import Recorder
 from moe_emergence.training.schedules import Rates, build_optimizer, learning_rate, noise_std
+from moe_emergence.training.sharded_states import (
+    ShardedAdamW,
+    load_whole_state,
+    whole_state,
+    whole_weights,
+)
+from moe_emergence.training.sharding import ShardedLoss, shard
 from moe_emergence.training.step import StepStatistics
 from moe_emergence.training.update import Update
 
@@ -90,7 +97,11 @@ class Trainer:
         self.train_seconds = self.wall_seconds = 0.0
         first = config.model.frozen_layers
         freeze_lower_layers(model, first)
-        optimizer = build_optimizer(model, config.optim)
+        loss, adamw = NextTokenLoss, torch.optim.AdamW
+        if config.fsdp_size > 1:
+            shard(model, config, accelerator)
+            loss, adamw = ShardedLoss, ShardedAdamW
+        optimizer = build_optimizer(model, config.optim, adamw)
         self.loader = make_step_loader(
             data.train_blocks,
             seed=config.seed,
@@ -104,7 +115,7 @@ class Trainer:
         if first:
             cache_dir = Path(config.data.cache_dir)
             lower = FrozenStates(model, first, cache_dir, accelerator.mixed_precision)
-        objective = NextTokenLoss(model, first, lower)
+        objective = loss(model, first, lower)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         rate = config.model.expert_bias_rate
         update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
@@ -135,7 +146,7 @@ class Trainer:
             with StopRequest() as stop, self.recorder:
                 status = self._loop(stop)
                 if status != "interrupted":
-                    self._on_main(lambda: self._save_model(self.run.final_model.name))
+                    self._save_model(self.run.final_model)
                 self.stop_requested = self._agreed(stop.requested)
         except KeyboardInterrupt:
             self._write_summary("interrupted")
@@ -174,7 +185,7 @@ class Trainer:
             if evaluating:
                 self._evaluate()
             if saving:
-                self._on_main(self._save_checkpoint)
+                self._save_checkpoint()
             if evaluating or saving:
                 self.recorder.start_clock()
         return status
@@ -218,6 +229,7 @@ class Trainer:
             max_blocks=self.config.monitor.eval_blocks,
             moe_layers=self.config.model.moe_layers,
             num_experts=self.config.model.num_experts,
+            together=self.config.fsdp_size > 1,
         )
         if not math.isfinite(evaluation.lm_loss):
             raise self.recorder.failure(f"eval/lm_loss is not finite at step {self.step}")
@@ -229,19 +241,22 @@ class Trainer:
             write_domain_fractions(self.run.expert_domain, evaluation.domain_fractions)
         if evaluation.lm_loss < self.best:
             self.best = evaluation.lm_loss
-            self._on_main(lambda: self._save_model(self.run.best_model.name))
+            self._save_model(self.run.best_model)
 
     def _on_main(self, action: Callable[[], object]) -> None:
         if self.accelerator.is_main_process:
             action()
         self.accelerator.wait_for_everyone()
 
-    def _save_model(self, name: str) -> None:
-        save_model_folder(self.run.root / name, self.unwrapped, self.data.tokenizer)
+    def _save_model(self, folder: Path) -> None:
+        model, tokenizer = self.unwrapped, self.data.tokenizer
+        weights = whole_weights(model)  # of which every process may have a part
+        self._on_main(lambda: save_model_folder(folder, model, tokenizer, weights))
 
     def _save_checkpoint(self) -> None:
+        weights = whole_weights(self.unwrapped)
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole_state(self.optimizer),
             "loader": self.loader.state_dict(),
             "churn": self.churn.state_dict(),
         }
@@ -252,21 +267,24 @@ class Trainer:
             "wall_seconds": self.wall_seconds + time.perf_counter() - self._started,
             "tokens_per_step": self.tokens_per_step,
         }
-        save_checkpoint(
-            self.run,
-            self.step,
-            self.unwrapped,
-            self.data.tokenizer,
-            trainer_state=state,
-            progress=progress,
-            config=to_dict(self.config),
-            data_manifest=self.data.manifest,
-            keep_last_k=self.config.monitor.keep_last_k,
+        self._on_main(
+            lambda: save_checkpoint(
+                self.run,
+                self.step,
+                self.unwrapped,
+                self.data.tokenizer,
+                weights,
+                trainer_state=state,
+                progress=progress,
+                config=to_dict(self.config),
+                data_manifest=self.data.manifest,
+                keep_last_k=self.config.monitor.keep_last_k,
+            )
         )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.step = checkpoint.step
-        self.optimizer.load_state_dict(checkpoint.trainer_state["optimizer"])
+        load_whole_state(self.optimizer, checkpoint.trainer_state["optimizer"])
         self.loader.load_state_dict(checkpoint.trainer_state["loader"])
         self.churn.load_state_dict(checkpoint.trainer_state["churn"])
         self.best = checkpoint.progress["best_eval_lm_loss"]

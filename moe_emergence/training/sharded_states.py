@@ -1,0 +1,85 @@
+"""An optimizer of sharded parameters, and states without a layout: what one process would have.
+
+Shards are gathered for a checkpoint and cut for the processes that resume it, so it does not
+matter how many processes wrote it or in what layout.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from moe_emergence.models.loading import LanguageModel
+from moe_emergence.training.sharding import local
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW, every process on its own shards: no element of an update needs another one.
+
+    Parameters on different meshes go through one fused kernel, which as `DTensor`s they cannot.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        is_complex: bool = super()._init_group(group, *lists)
+        for tensors in lists:
+            tensors[:] = map(local, tensors)
+        return is_complex
+
+
+def whole_weights(model: LanguageModel) -> dict[str, Tensor] | None:
+    """The state dict of a sharded model, on the host; None for a model that is not sharded.
+
+    All processes have to call it.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return None
+    weights = {name: _whole(tensor) for name, tensor in model.state_dict().items()}
+    # each was gathered for itself, and what is one tensor is saved once
+    return weights | {name: weights[one] for name, one in model.all_tied_weights_keys.items()}
+
+
+def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()`, what is sharded whole and on the host.
+
+    All processes have to call it.
+    """
+
+    return _mapped(optimizer, optimizer.state_dict(), lambda _, value: _whole(value))
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a `whole_state`, whatever the layout that it was gathered from."""
+
+    def cut(parameter: Tensor, value: Any) -> Any:
+        if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+            return value
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+    optimizer.load_state_dict(_mapped(optimizer, state, cut))
+
+
+def _whole(value: Any) -> Any:
+    """What is sharded gathered, and in the host's memory; other values are returned."""
+    if not isinstance(value, DTensor):
+        return value
+    placements = list(value.placements)
+    # FSDP, whose dimensions of the mesh come first, cut what expert parallelism had cut
+    for dimension in range(len(placements)):
+        placements[dimension] = Replicate()
+        value = value.redistribute(placements=placements)
+    return value.to_local().cpu()
+
+
+def _mapped(
+    optimizer: torch.optim.Optimizer, state: dict[str, Any], change: Callable[[Tensor, Any], Any]
+) -> dict[str, Any]:
+    """A state dict with `change(parameter, value)` of every value."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    changed = {
+        index: {name: change(parameters[index], value) for name, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    return {**state, "state": changed}
