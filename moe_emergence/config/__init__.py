@@ -118,17 +118,9 @@ class RunConfig:
         check(
             experts % size == 0, "--ep-size", size, f"give a divisor of --num-experts ({experts})"
         )
-        sharded = self.fsdp_size > 1
         check(
-            not sharded or not self.model.frozen_layers,
+            self.fsdp_size == 1 or self.model.frozen_layers == 0,
             "--frozen-layers",
             self.model.frozen_layers,
             "layers that are passed over cannot be sharded; give 0, or --fsdp-size 1",
-        )
-        check(
-            size == 1 or not self.autotune,
-            "--autotune",
-            "",
-            f"what is measured here are all experts, not the share of one of --ep-size {size} "
-            "processes; leave it out",
         )

@@ -32,7 +32,7 @@ def check_can_shard(config: RunConfig, accelerator: Accelerator) -> None:
         processes % size == 0,
         "--fsdp-size",
         size,
-        f"there are {processes} processes; give a divisor of that, or start more with torchrun",
+        f"give a divisor of the number of processes ({processes}), or start more with torchrun",
     )
     # transformers makes its meshes of the machine's accelerators
     found = torch.accelerator.current_accelerator(check_available=True)

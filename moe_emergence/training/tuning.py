@@ -15,7 +15,12 @@ _COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 
 def check_can_tune(config: RunConfig, accelerator: Accelerator) -> None:
-    """Refuse `--autotune` where there is nothing to choose from."""
+    """Refuse `--autotune` where it would measure nothing, or not what is computed."""
+    if config.autotune and config.ep_size > 1:
+        raise ValueError(
+            f"--autotune: it measures all experts, and with --ep-size {config.ep_size} a process "
+            "has a share of them; leave one of both out"
+        )
     if config.autotune and accelerator.device.type != "cuda":
         raise ValueError(
             f"--autotune: there is nothing to measure on {accelerator.device.type}; leave it out, "
