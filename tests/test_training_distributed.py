@@ -1,22 +1,18 @@
 """Two processes train what one process trains: losses, routing statistics and weights."""
 
-import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from conftest import ACCELERATE, TORCHRUN, command_environment, flags_of
-from safetensors.torch import load_file
+from equal_runs import assert_equal_runs
+from process_groups import run_processes
 
-from emergence_kernels.processes import warm_processes
 from moe_emergence.config import RunConfig
 from moe_emergence.errors import exit_code
-from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.train import main as train_command
 from moe_emergence.training.launch import missing_processes
 
@@ -30,30 +26,6 @@ LAUNCHERS = {
     "accelerate": "accelerate.commands.accelerate_cli",
     "torchrun": "torch.distributed.run",
 }
-
-
-def one_of_two(flags: list[str], rank: int, port: int) -> None:
-    """What torchrun's processes do, in one of ours."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
-    torch.set_num_threads(1)
-    sys.exit(exit_code(train_command, flags))
-
-
-def run_two(flags: list[str]) -> None:
-    """Both processes without a launcher, whose imports are all of the time that it takes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = warm_processes("moe_emergence.train")
-    both = [context.Process(target=one_of_two, args=(flags, rank, port)) for rank in (0, 1)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(300)
-        process.kill()
-    assert [process.exitcode for process in both] == [0, 0]
 
 
 def train(
@@ -73,7 +45,7 @@ def train(
         assert exit_code(train_command, flags) == 0
         return folder
     if launcher is None:
-        run_two(flags)
+        assert run_processes(processes, flags) == [0] * processes
         return folder
     done = subprocess.run(
         [
@@ -94,20 +66,6 @@ def train(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
-
-
-def assert_equal_runs(one: RunFolder, other: RunFolder) -> None:
-    """Equal up to the rounding of sums taken in another order."""
-    rows, other_rows = (read_metrics(run.metrics) for run in (one, other))
-    assert [row["step"] for row in rows] == [row["step"] for row in other_rows]
-    for row, other_row in zip(rows, other_rows, strict=True):
-        comparable: dict[str, Any] = {k: v for k, v in row.items() if not k.startswith("perf/")}
-        for key, value in comparable.items():
-            assert other_row[key] == pytest.approx(value, rel=2e-5, abs=1e-7), (row["step"], key)
-    weights, other_weights = (load_file(r.final_model / "model.safetensors") for r in (one, other))
-    for name, tensor in weights.items():
-        # a step moves a weight by at most the learning rate; equal runs differ by much less
-        torch.testing.assert_close(other_weights[name], tensor, rtol=0, atol=2e-5)
 
 
 @pytest.fixture

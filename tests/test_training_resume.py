@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from conftest import tiny
+from equal_runs import assert_same_run, comparable
 from safetensors.torch import load_file
 
 from moe_emergence.config import RunConfig
@@ -67,27 +67,6 @@ def stopped(made_once: dict[str, Path], tiny_config: RunConfig) -> tuple[RunConf
     run = RunFolder(Path(tiny_config.output_dir) / "tiny")
     shutil.copytree(made_once["stopped"], run.root)
     return replace(tiny_config, resume="auto"), run
-
-
-def comparable(path: Path) -> list[dict[str, Any]]:
-    """Metric rows without the timings."""
-    rows = read_metrics(path)
-    return [{k: v for k, v in row.items() if not k.startswith("perf/")} for row in rows]
-
-
-def assert_same_run(one: RunFolder, other: RunFolder) -> None:
-    assert comparable(one.metrics) == comparable(other.metrics)
-    for folder in ("final-model", "best-model"):
-        a = load_file(one.root / folder / "model.safetensors")
-        b = load_file(other.root / folder / "model.safetensors")
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a), folder
-    states = [
-        torch.load(run.checkpoint(6) / "trainer.pt", weights_only=True) for run in (one, other)
-    ]
-    for p, q in zip(*(s["optimizer"]["state"].values() for s in states), strict=True):
-        assert torch.equal(p["exp_avg"], q["exp_avg"])
-        assert torch.equal(p["exp_avg_sq"], q["exp_avg_sq"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())

@@ -28,10 +28,11 @@ class ShardedAdamW(torch.optim.AdamW):
         return is_complex
 
 
-def whole_weights(model: LanguageModel) -> dict[str, Tensor] | None:
-    """The state dict of a sharded model, on the host; None for a model that is not sharded.
+def whole_weights(model: LanguageModel) -> dict[str, Any] | None:
+    """The state dict of a sharded model, gathered; None for a model that is not sharded.
 
-    All processes have to call it.
+    All processes have to call it. What is sharded is on the host of the first one, and None on the
+    others.
     """
     if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return None
@@ -41,11 +42,7 @@ def whole_weights(model: LanguageModel) -> dict[str, Tensor] | None:
 
 
 def whole_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()`, what is sharded whole and on the host.
-
-    All processes have to call it.
-    """
-
+    """`optimizer.state_dict()`, gathered as `whole_weights`. All processes have to call it."""
     return _mapped(optimizer, optimizer.state_dict(), lambda _, value: _whole(value))
 
 
@@ -62,7 +59,7 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) ->
 
 
 def _whole(value: Any) -> Any:
-    """What is sharded gathered, and in the host's memory; other values are returned."""
+    """A sharded tensor whole, on the host of the first process; other values as they are."""
     if not isinstance(value, DTensor):
         return value
     placements = list(value.placements)
@@ -70,7 +67,7 @@ def _whole(value: Any) -> Any:
     for dimension in range(len(placements)):
         placements[dimension] = Replicate()
         value = value.redistribute(placements=placements)
-    return value.to_local().cpu()
+    return value.to_local().cpu() if torch.distributed.get_rank() == 0 else None
 
 
 def _mapped(
