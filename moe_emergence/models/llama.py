@@ -6,7 +6,7 @@ converted layer has `mlp.router` and `mlp.experts` in place of the projections. 
 sequences, L tokens each, H model width, V vocabulary.
 """
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from transformers import (
@@ -112,7 +112,7 @@ class MixtureForCausalLM(MixtureHead, MixtureModel, _OfFamily):
 
     decoder_class: type[MixtureDecoder]
     # a head that is tied to the embedding has to be in one group with it, that of the whole model
-    _fsdp_plan: ClassVar[dict[str, str]] = {}
+    _fsdp_plan: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -47,11 +47,7 @@ def noise_std(step: int, optim: OptimConfig) -> float:
     return optim.noise_std * max(0.0, 1.0 - step / anneal_steps) if anneal_steps > 0 else 0.0
 
 
-def build_optimizer(
-    model: torch.nn.Module,
-    optim: OptimConfig,
-    adamw: type[torch.optim.AdamW] = torch.optim.AdamW,
-) -> torch.optim.AdamW:
+def build_optimizer(model: torch.nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices; biases (the experts' too) and norms are not decayed.
 
     Neither are routers, which have a group of their own, `ROUTERS`: decay would only flatten their
@@ -61,7 +57,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups[_group_of(name, parameter)].append(parameter)
-    return adamw(
+    return torch.optim.AdamW(
         [
             {
                 "params": parameters,

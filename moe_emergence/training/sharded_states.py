@@ -1,4 +1,4 @@
-"""An optimizer of sharded parameters, and states without a layout: what one process would have.
+"""States of sharded models and optimizers without their layout: what one process would have.
 
 Shards are gathered for a checkpoint and cut for the processes that resume it, so it does not
 matter how many processes wrote it or in what layout.
@@ -12,20 +12,6 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from moe_emergence.models.loading import LanguageModel
-from moe_emergence.training.sharding import local
-
-
-class ShardedAdamW(torch.optim.AdamW):
-    """AdamW, every process on its own shards: no element of an update needs another one.
-
-    Parameters on different meshes go through one fused kernel, which as `DTensor`s they cannot.
-    """
-
-    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
-        is_complex: bool = super()._init_group(group, *lists)
-        for tensors in lists:
-            tensors[:] = map(local, tensors)
-        return is_complex
 
 
 def whole_weights(model: LanguageModel) -> dict[str, Any] | None:

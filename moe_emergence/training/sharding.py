@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from moe_emergence.config import RunConfig
@@ -129,15 +128,11 @@ class ShardedAccelerator(Accelerator):
         Parameters may lie on different meshes: processes add up the squares of their own shards.
         """
         assert norm_type == 2.0
-        shards = [local(p.grad) for p in parameters if p.grad is not None]
+        gradients: list[Any] = [p.grad for p in parameters if p.grad is not None]
+        with torch.no_grad():
+            shards = [gradient.to_local() for gradient in gradients]
         squares = torch.stack(torch._foreach_norm(shards)).square().sum()
         replicas = self.num_processes // self.fsdp_size
         norm: Tensor = (self.reduce(squares, "sum") / replicas).sqrt()
         torch._foreach_mul_(shards, (max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
-
-
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard, in its own memory; a tensor that is not sharded is returned."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -34,12 +34,7 @@ from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.recorder import Recorder
 from moe_emergence.training.schedules import Rates, build_optimizer, learning_rate, noise_std
-from moe_emergence.training.sharded_states import (
-    ShardedAdamW,
-    load_whole_state,
-    whole_state,
-    whole_weights,
-)
+from moe_emergence.training.sharded_states import load_whole_state, whole_state, whole_weights
 from moe_emergence.training.sharding import ShardedLoss, shard
 from moe_emergence.training.step import StepStatistics
 from moe_emergence.training.update import Update
@@ -97,11 +92,10 @@ class Trainer:
         self.train_seconds = self.wall_seconds = 0.0
         first = config.model.frozen_layers
         freeze_lower_layers(model, first)
-        loss, adamw = NextTokenLoss, torch.optim.AdamW
-        if config.fsdp_size > 1:
+        sharded = config.fsdp_size > 1
+        if sharded:
             shard(model, config, accelerator)
-            loss, adamw = ShardedLoss, ShardedAdamW
-        optimizer = build_optimizer(model, config.optim, adamw)
+        optimizer = build_optimizer(model, config.optim)
         self.loader = make_step_loader(
             data.train_blocks,
             seed=config.seed,
@@ -115,7 +109,7 @@ class Trainer:
         if first:
             cache_dir = Path(config.data.cache_dir)
             lower = FrozenStates(model, first, cache_dir, accelerator.mixed_precision)
-        objective = loss(model, first, lower)
+        objective = (ShardedLoss if sharded else NextTokenLoss)(model, first, lower)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         rate = config.model.expert_bias_rate
         update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
