@@ -49,11 +49,11 @@ class RunConfig:
     """On a GPU, measure kernel configurations and paths for this run's shape first; --cache-dir
     keeps them for later runs."""
     fsdp_size: int = 1
-    """Processes that share out weights, gradients and optimizer states among them (FSDP2), as many
-    times as there are processes for; 1 leaves each a copy of all."""
+    """Processes that share out one copy of weights, gradients and optimizer states (FSDP2); there
+    are as many copies as groups of so many processes. 1 gives every process a copy."""
     ep_size: int = 1
-    """Of these, processes that share out the experts whole and send each other the tokens (expert
-    parallelism)."""
+    """Processes, of those of a copy, that keep different experts and send each other the tokens
+    (expert parallelism). 1 gathers the experts for every layer instead."""
     debug: bool = False
     """Show the traceback of an error."""
     model: ModelConfig = field(default_factory=ModelConfig)
