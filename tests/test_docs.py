@@ -72,7 +72,9 @@ def tiny_train(words: list[str], data: Path, cache: Path) -> list[str]:
 
 
 def tiny_verify(words: list[str]) -> list[str]:
-    """The words after `moe_emergence.verify`, in one arithmetic and with one activation."""
+    """The words after `moe_emergence.verify`, in one arithmetic, with one activation or family."""
+    if "--implementation" in words:
+        words = [*words, "--family", "mixtral"]
     return [*words, "--dtype", "fp32", "--activation", "swiglu", "--cases", "1", "--device", "cpu"]
 
 

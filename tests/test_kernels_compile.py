@@ -120,6 +120,33 @@ def test_kernels_compile_for_every_kind_of_integer(tmp_path: Path) -> None:
     assert "_sums_bwd_kernel 1" in done.stdout.splitlines()
 
 
+STORED_THE_OTHER_WAY = """
+from emergence_kernels.gpu import recording, resources
+from emergence_kernels.gpu.compiling import CompileJob
+from emergence_kernels.gpu.defaults import TARGETS
+
+for target, dtype in (("sm_90", "bf16"), ("sm_80", "bf16"), ("sm_90", "tf32")):
+    case = recording.Case(TARGETS[target], dtype, "swiglu", 128)
+    for launch in recording.transposed_launches(case):
+        if recording.product_of(launch) == "up":
+            job = CompileJob.of(launch, case.target)
+            row = resources.Compilation(case, launch, job).row(job.run())
+            assert not row.problem, row
+            print(target, dtype, row.resources.instruction)
+"""
+
+
+def test_products_of_weights_stored_the_other_way_compile(tmp_path: Path) -> None:
+    """As transformers' models store them: the same matrix instructions, nothing spilled.
+
+    Other products read weights both ways anyhow.
+    """
+    done = compile_process(tmp_path, "-c", STORED_THE_OTHER_WAY)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    expected = ["sm_90 bf16 wgmma", "sm_80 bf16 mma.sync", "sm_90 tf32 wgmma"]
+    assert done.stdout.splitlines() == expected
+
+
 def test_a_configuration_that_cannot_be_used_is_reported() -> None:
     case = recording.Case(TARGETS["sm_80"], "bf16", "gelu_tanh", 128)
     compilation = resources.compilations([case], "default")[0]

@@ -77,16 +77,19 @@ def _permutation() -> Permutation:
     return Permutation(rows_S, rows_S, rows_S, _empty(E + 1, dtype=torch.int32))
 
 
-def _expert_mlp(case: Case, plan: GemmPlan) -> None:
+def _expert_mlp(case: Case, plan: GemmPlan, *, transposed: bool = False) -> None:
     """Forward and backward, with biases unless gated, every gradient wanted.
 
-    Weights are kept in fp32, as under autocast, or in the dtype of the products.
+    Weights are kept in fp32, as under autocast, or in the dtype of the products; with `transposed`
+    as views of (E, out, in).
     """
     dtype, has_bias = case.dtype, not case.gated
     pre_width = pre_activation_width(case.activation, F)
     permutation = _permutation()
     x_TH, weights_TK = _empty(T, H, dtype=dtype), _empty(T, K, dtype=torch.float32)
     w1_EHP, w2_EFH = _empty(E, H, pre_width, dtype=dtype), _empty(E, F, H, dtype=dtype)
+    if transposed:
+        w1_EHP, w2_EFH = (w.mT.contiguous().mT for w in (w1_EHP, w2_EFH))
     b1_EP = _empty(E, pre_width, dtype=dtype) if has_bias else None
     b2_EH = _empty(E, H, dtype=dtype) if has_bias else None
     y_TH, pre_SP = expert_mlp.forward(
@@ -142,6 +145,13 @@ def launches(case: Case, plan: GemmPlan) -> list[Launch]:
     with _matmul_precision(case.precision), recorded_launches() as recorded:
         for launcher in LAUNCHERS:
             launcher(case, plan)
+    return recorded
+
+
+def transposed_launches(case: Case) -> list[Launch]:
+    """Those of the expert MLP under the default plan, for weights stored as (E, out, in)."""
+    with _matmul_precision(case.precision), recorded_launches() as recorded:
+        _expert_mlp(case, case.default_plan(), transposed=True)
     return recorded
 
 
