@@ -9,6 +9,7 @@ Letters: H model width, L tokens in a sequence, E experts, K experts per token.
 """
 
 import math
+from dataclasses import dataclass
 
 from transformers import GPT2Config, PreTrainedConfig
 
@@ -26,25 +27,51 @@ def base_config(config: RunConfig) -> PreTrainedConfig:
     return dense_config(config.model, vocab_size, data.block_size, data.cache_dir)
 
 
-def training_flops_per_token(config: RunConfig) -> float:
-    """FLOPs of forward and backward per token."""
-    model, base = config.model, base_config(config)
+@dataclass(frozen=True)
+class TokenFlops:
+    """FLOPs of a token's forward pass through the parts of a dense model."""
+
+    projections: int
+    """Queries, keys, values and output of one layer's attention."""
+    scores: int
+    """Of one layer's attention, with all positions of a sequence."""
+    mlp: int
+    """Of one layer."""
+    head: int
+
+
+def token_flops(base: PreTrainedConfig, block_size: int) -> TokenFlops:
+    """Of a dense model of this configuration, in sequences of `block_size` tokens."""
     width, heads = base.hidden_size, base.num_attention_heads
     head_width = getattr(base, "head_dim", None) or width // heads
     key_heads = getattr(base, "num_key_value_heads", None) or heads
-    attention = 4 * width * head_width * (heads + key_heads)
-    attention += 4 * config.data.block_size * heads * head_width
+    return TokenFlops(
+        projections=4 * width * head_width * (heads + key_heads),
+        scores=4 * block_size * heads * head_width,
+        mlp=(2 if isinstance(base, GPT2Config) else 3) * 2 * width * expert_width(base),
+        head=2 * width * base.vocab_size,
+    )
+
+
+def expert_width(base: PreTrainedConfig) -> int:
+    """F: the inner width of the dense model's MLP, which its experts are copies of."""
     if isinstance(base, GPT2Config):
-        mlp = 2 * 2 * width * (base.n_inner or 4 * width)
-    else:
-        mlp = 3 * 2 * width * base.intermediate_size
+        return base.n_inner or 4 * base.hidden_size
+    return base.intermediate_size
+
+
+def training_flops_per_token(config: RunConfig) -> float:
+    """FLOPs of forward and backward per token."""
+    model, base = config.model, base_config(config)
+    flops = token_flops(base, config.data.block_size)
     layers, mixtures = base.num_hidden_layers - model.frozen_layers, len(model.moe_layers)
     dense = layers - mixtures
-    forward = layers * attention + (dense + mixtures * model.top_k) * mlp
-    router = 0 if model.router == "hash" else mixtures * 2 * width * model.num_experts
+    forward = layers * (flops.projections + flops.scores)
+    forward += (dense + mixtures * model.top_k) * flops.mlp
+    router = 0 if model.router == "hash" else mixtures * 2 * base.hidden_size * model.num_experts
     # no gradients of weights that are not trained
     head_is_frozen = model.frozen_layers and base.tie_word_embeddings
-    head = (2 if head_is_frozen else 3) * 2 * width * base.vocab_size
+    head = (2 if head_is_frozen else 3) * flops.head
     return 3 * forward + head + (1 if model.router == "frozen" else 3) * router
 
 
