@@ -12,10 +12,17 @@ from rich.console import Console
 
 from moe_emergence.command import parse, run
 from moe_emergence.errors import INTERRUPTED
+from moe_emergence.experiments.cluster import Cluster
 from moe_emergence.experiments.comparisons import MARGIN
 from moe_emergence.experiments.estimate import estimate, estimate_table, refuse_over_budget
 from moe_emergence.experiments.execute import Execution, execute, is_complete
-from moe_emergence.experiments.plan import PlannedRun, describe, plan_runs
+from moe_emergence.experiments.parallel_plan import (
+    compare,
+    distinct_shapes,
+    layout_table,
+    verdict,
+)
+from moe_emergence.experiments.plan import PlannedRun, describe, plan_runs, variant_configs
 from moe_emergence.experiments.report import build_report
 from moe_emergence.experiments.suite_file import Suite, load_suite
 from moe_emergence.run_folder import read_json, write_json
@@ -44,9 +51,8 @@ class SuiteOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(SuiteOptions):
-    """The runs of a suite, what they cost on this machine (from a short measured run of every
-    architecture), and whether that is within the budget."""
+class RunsOptions(SuiteOptions):
+    """The runs of a suite, and what they may cost."""
 
     seeds: tuple[int, ...] = ()
     """Seeds in place of the suite's."""
@@ -76,7 +82,33 @@ class PlanOptions(SuiteOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(PlanOptions):
+class PlanOptions(RunsOptions):
+    """The runs of a suite, what they cost on this machine (from a short measured run of every
+    architecture), and whether that is within the budget. With --gpus, in place of that: what a step
+    of its mixtures would take on so many GPUs, predicted."""
+
+    gpus: int = 1
+    """GPUs to predict a step for; 1 predicts nothing and measures this machine."""
+    ep: int | None = None
+    """GPUs that share the experts of a layer; none compares all numbers there can be."""
+    gpus_per_node: int = 8
+    """GPUs that share a machine and its fast links."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        groups = Cluster(self.gpus, self.gpus_per_node).groups
+        known = f"give one of {' '.join(map(str, groups))}, which share out --gpus ({self.gpus})"
+        check(self.ep is None or self.ep in groups, "--ep", self.ep, known)
+        check(
+            self.price_per_hour is None or self.gpus == 1,
+            "--price-per-hour",
+            self.price_per_hour,
+            "is for this machine; leave out either it or --gpus",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(RunsOptions):
     """Execute what is missing, resume what was cut off, skip what is complete. Give the same
     command again after an interruption or a failure."""
 
@@ -125,8 +157,11 @@ def options_of(argv: list[str]) -> SuiteOptions:
 
 def plan(options: PlanOptions) -> int:
     """Print what the suite costs; `ValueError` when that is over the budget."""
-    _, runs = _planned(options)
-    _print_estimate(options, runs)
+    suite, runs = _planned(options)
+    if options.gpus > 1:
+        _print_layouts(options, suite)
+    else:
+        _print_estimate(options, runs)
     return 0
 
 
@@ -158,7 +193,7 @@ def _write_description(described: dict[str, Any], root: Path) -> None:
     write_json(path, described)
 
 
-def _planned(options: PlanOptions) -> tuple[Suite, list[PlannedRun]]:
+def _planned(options: RunsOptions) -> tuple[Suite, list[PlannedRun]]:
     suite = load_suite(options.suite)
     if options.seeds:
         suite = replace(suite, seeds=tuple(dict.fromkeys(options.seeds)))
@@ -171,7 +206,7 @@ def _planned(options: PlanOptions) -> tuple[Suite, list[PlannedRun]]:
     return suite, runs
 
 
-def _overrides(suite: Suite, options: PlanOptions) -> dict[str, Any]:
+def _overrides(suite: Suite, options: RunsOptions) -> dict[str, Any]:
     """The settings of every run that the command line gives."""
     overrides: dict[str, Any] = {"device": options.device}
     if options.base is not None:
@@ -182,14 +217,28 @@ def _overrides(suite: Suite, options: PlanOptions) -> dict[str, Any]:
     return overrides
 
 
-def _print_estimate(options: PlanOptions, runs: list[PlannedRun]) -> None:
+def _print_layouts(options: PlanOptions, suite: Suite) -> None:
+    configs = variant_configs(suite, _overrides(suite, options))
+    if options.only:
+        configs = {name: configs[name] for name in options.only}
+    cluster, console = Cluster(options.gpus, options.gpus_per_node), Console()
+    shapes = distinct_shapes(configs)
+    if not shapes:
+        console.print("No variant has mixture layers.")
+    for shape, names in shapes.items():
+        layouts = compare(shape, cluster, options.ep)
+        console.print(layout_table(names, shape, cluster, layouts))
+        console.print(verdict(shape, cluster, layouts, options.ep) + "\n")
+
+
+def _print_estimate(options: RunsOptions, runs: list[PlannedRun]) -> None:
     missing = [run for run in runs if not is_complete(run)]
     found = estimate(runs, missing, jobs=options.jobs, threads=_threads(options))
     Console().print(estimate_table(found, options.price_per_hour))
     refuse_over_budget(found, options.price_per_hour, options.budget)
 
 
-def _threads(options: PlanOptions) -> int:
+def _threads(options: RunsOptions) -> int:
     """Of each process on a CPU, so that the processes share its cores; 0 for torch's own choice."""
     if options.jobs == 1 or (options.device != "cpu" and torch.cuda.is_available()):
         return 0
