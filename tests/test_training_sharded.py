@@ -60,52 +60,64 @@ def train(config: RunConfig, layout: Layout, where: Path, **changes: Any) -> Run
     return RunFolder(where / config.run_name)
 
 
-def go_on(config: RunConfig, stopped: RunFolder, layout: Layout, where: Path) -> RunFolder:
-    """The run of `config` from where a copy of `stopped` is."""
-    shutil.copytree(stopped.root, where / stopped.root.name)
+def go_on(config: RunConfig, run: RunFolder, layout: Layout, where: Path) -> RunFolder:
+    """The run of `config` from its checkpoint of step 3, as after a crash."""
+    later = shutil.ignore_patterns("step-000006", "final-model", "run_summary.json")
+    shutil.copytree(run.root, where / run.root.name, ignore=later)
     return train(config, layout, where, resume="auto")
 
 
 @pytest.fixture(scope="module")
-def config(
+def from_scratch(
     tmp_path_factory: pytest.TempPathFactory, data_folder: Path, cache_folder: Path
 ) -> RunConfig:
     return varied(tiny(data_folder, cache_folder, tmp_path_factory.mktemp("unused")))
 
 
 @pytest.fixture(scope="module")
-def one(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+def one(from_scratch: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """The run in one process."""
     torch.set_num_threads(1)  # as in every test, before the first of which this may run
-    return train(config, ONE, tmp_path_factory.mktemp("one"))
+    return train(from_scratch, ONE, tmp_path_factory.mktemp("one"))
 
 
-@pytest.mark.parametrize(
-    ("layout", "dispatch"),
-    [(TWO, "fused"), (FOUR, "fused"), (REPLICAS, "sequential")],
-    ids=["fsdp 2", "fsdp 4, ep 2", "2 replicas of fsdp 2, ep 2"],
-)
-def test_a_layout_equals_one_process(
-    layout: Layout, dispatch: Any, config: RunConfig, one: RunFolder, tmp_path: Path
+@pytest.fixture(scope="module")
+def config(from_scratch: RunConfig, one: RunFolder) -> RunConfig:
+    """The run from the base that was made for it, which is not made again."""
+    base = str(RunFolder(one.root / "dense-base").final_model)
+    return replace(
+        from_scratch,
+        model=replace(from_scratch.model, base=base),
+        optim=replace(from_scratch.optim, pretrain_steps=0),
+    )
+
+
+def test_two_processes_and_their_dense_base_equal_one(
+    from_scratch: RunConfig, one: RunFolder, tmp_path: Path
 ) -> None:
-    assert_equal_runs(one, train(config, layout, tmp_path, dispatch=dispatch))
+    found = train(from_scratch, TWO, tmp_path)
+    assert_equal_runs(RunFolder(one.root / "dense-base"), RunFolder(found.root / "dense-base"))
+    assert_equal_runs(one, found)
 
 
-def test_a_run_goes_on_bitwise_in_its_layout_and_equal_in_others(
+def test_four_processes_equal_one(config: RunConfig, one: RunFolder, tmp_path: Path) -> None:
+    assert_equal_runs(one, train(config, FOUR, tmp_path, dispatch="sequential"))
+
+
+def test_a_run_goes_on_bitwise_in_its_layout_and_equal_in_one_process(
     config: RunConfig, one: RunFolder, tmp_path: Path
 ) -> None:
     whole = train(config, EXPERTS, tmp_path / "whole")
     assert_equal_runs(one, whole)
-    stopped = train(config, EXPERTS, tmp_path / "stopped", stop_after=4)
-    assert_same_run(whole, go_on(config, stopped, EXPERTS, tmp_path / "same"))
-    assert_equal_runs(one, go_on(config, stopped, ONE, tmp_path / "onto one"))
+    assert_same_run(whole, go_on(config, whole, EXPERTS, tmp_path / "same"))
+    assert_equal_runs(one, go_on(config, whole, ONE, tmp_path / "one"))
 
 
+@pytest.mark.parametrize("layout", [EXPERTS, REPLICAS], ids=["fsdp 2, ep 2", "the same twice"])
 def test_a_run_of_one_process_goes_on_sharded(
-    config: RunConfig, one: RunFolder, tmp_path: Path
+    layout: Layout, from_scratch: RunConfig, one: RunFolder, tmp_path: Path
 ) -> None:
-    stopped = train(config, ONE, tmp_path / "stopped", stop_after=4)
-    assert_equal_runs(one, go_on(config, stopped, EXPERTS, tmp_path / "onto two"))
+    assert_equal_runs(one, go_on(from_scratch, one, layout, tmp_path))
 
 
 def from_base(config: RunConfig, dense: Any, folder: Path) -> RunConfig:
@@ -133,9 +145,7 @@ def test_experts_of_a_process_may_get_no_tokens(config: RunConfig, tmp_path: Pat
     for row in rows:
         shares = sorted(row[f"router/layer_3_expert_{expert}_frac"] for expert in range(8))
         assert shares == [0.0] * 7 + [1.0]
-    for dispatch in ("fused", "sequential"):
-        found = train(short, EXPERTS, tmp_path / dispatch, dispatch=dispatch)
-        assert_equal_runs(alone, found)
+    assert_equal_runs(alone, train(short, EXPERTS, tmp_path / "two", dispatch="fused"))
 
 
 def test_llama_and_its_dense_comparison_equal_one_process(
