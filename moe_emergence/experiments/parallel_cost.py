@@ -27,9 +27,9 @@ SKEW = 0.35
 """Zipf's exponent of the experts' popularity: the fullest of 8 has 1.55 times the mean, as at the
 end of `moe` in the suites `demo` (1.58) and `ablations` (1.53)."""
 
-_WEIGHT, _GRADIENT, _STATE = 2, 4, 16
-"""Bytes of a parameter when gathered, and of its gradient when scattered; and of what is kept in
-fp32: itself, its gradient, two moments."""
+_WEIGHT, _CAST, _GRADIENT, _STATE = 4, 2, 4, 16
+"""Bytes of a parameter when gathered, of its copy under autocast, and of its gradient when
+scattered; and of what is kept in fp32: itself, its gradient, two moments."""
 _DRAWS = 16
 
 ExpertSeconds = Callable[[ModelShape, int, int, int], tuple[float, float]]
@@ -208,6 +208,6 @@ def _memory_bytes(shape: ModelShape, cluster: Cluster, ep: int, load: float) -> 
     token = layers * 16 * shape.hidden + mlps + 4 * shape.vocabulary
     experts = shape.experts // ep * shape.mlp_weights
     largest = max(shape.attention_weights + experts, shape.end_weights)
-    # two blocks' weights, and one's gradients in both formats
-    gathered = largest * (3 * _WEIGHT + _GRADIENT) if cluster.gpus > 1 else 0
+    # two blocks' weights, and of one the copy and the gradients
+    gathered = largest * (2 * _WEIGHT + _CAST + _GRADIENT) if cluster.gpus > 1 else 0
     return _STATE * shape.weights / cluster.gpus + gathered + shape.tokens * token
