@@ -9,16 +9,16 @@ from moe_emergence.moe.pools import DocumentPools, check_pool_size
 from moe_emergence.moe.routing import RouterKind, Top1Weight
 
 
-def _expert_plan(experts: str, *parameters: str) -> dict[str, str]:
-    """Of transformers' expert parallelism: whole experts on every process, tokens sent to them."""
-    plan = {f"{experts}.{name}": "grouped_gemm" for name in parameters}
-    return {**plan, experts: "ep_dispatch_experts"}
-
-
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """transformers' names for the activation of GPT-2's MLP."""
 SILU = ("silu", "swish")
 """And for that of the gate in a SwiGLU MLP."""
+
+
+def _expert_plan(experts: str, *parameters: str) -> dict[str, str]:
+    """Of transformers' expert parallelism: whole experts on every process, tokens sent to them."""
+    plan = {f"{experts}.{name}": "grouped_gemm" for name in parameters}
+    return {**plan, experts: "ep_dispatch_experts"}
 
 
 @dataclass(kw_only=True)

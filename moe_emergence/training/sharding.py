@@ -6,7 +6,7 @@ experts), all else split over the replica. Each process trains on its own share 
 without sharding.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,13 +70,8 @@ class ShardedLoss(NextTokenLoss):
     What the whole model gathers for its own forward pass, the head among it, is there all the same.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        first: int = 0,
-        lower: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__(model, first, lower)
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__(model)
         whole: Any = model
         whole.next_token_loss = self._compute
         register_fsdp_forward_method(whole, "next_token_loss")

@@ -109,7 +109,7 @@ class Trainer:
         if first:
             cache_dir = Path(config.data.cache_dir)
             lower = FrozenStates(model, first, cache_dir, accelerator.mixed_precision)
-        objective = (ShardedLoss if sharded else NextTokenLoss)(model, first, lower)
+        objective = ShardedLoss(model) if sharded else NextTokenLoss(model, first, lower)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         rate = config.model.expert_bias_rate
         update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
