@@ -8,7 +8,6 @@ from transformers import GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qw
 from moe_emergence.moe.pools import DocumentPools, check_pool_size
 from moe_emergence.moe.routing import RouterKind, Top1Weight
 
-
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 """transformers' names for the activation of GPT-2's MLP."""
 SILU = ("silu", "swish")
