@@ -166,12 +166,17 @@ class ImplementationDispatcher:
     def __call__(
         self, x_TH: Tensor, topk_experts: Tensor, topk_weights: Tensor, experts: Experts
     ) -> Tensor:
-        """Weighted sum (T, H) of every token's experts."""
+        """Weighted sum (T, H) of every token's experts, under autocast in the autocast dtype."""
         shown: Any = _Shown(experts)
         try:
-            return self.function(shown, x_TH, topk_experts, topk_weights)
+            y_TH = self.function(shown, x_TH, topk_experts, topk_weights)
         except (ImportError, NotImplementedError, ValueError) as error:
             raise ValueError(f"--implementation {self.name}: {error}") from error
+        # transformers' functions return the dtype of the tokens
+        device = x_TH.device.type
+        if torch.is_autocast_enabled(device) and x_TH.dtype != torch.float64:
+            return y_TH.to(torch.get_autocast_dtype(device))
+        return y_TH
 
 
 class _Shown:
