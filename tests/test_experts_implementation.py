@@ -226,7 +226,7 @@ def test_an_implementation_of_another_module(tmp_path: Path, monkeypatch, regist
 
 @pytest.mark.slow
 def test_the_command_certifies_an_implementation(capsys) -> None:
-    dtypes = ("--dtype", "fp64", "autocast-bf16")
+    dtypes = ("--dtype", "autocast-bf16")
     flags = ["--implementation", "emergence", *dtypes, "--family", "mixtral", "gpt_oss"]
     assert exit_code(verify, [*flags, "--cases", "0"]) == 0
     printed = capsys.readouterr().out

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ACCELERATE, TORCHRUN, command_environment, flags_of
+from conftest import ACCELERATE, command_environment, flags_of
 from equal_runs import assert_equal_runs
 from process_groups import run_processes
 
@@ -90,7 +90,7 @@ def test_two_processes_equal_one_also_when_one_goes_on(noisy_config: RunConfig) 
     assert_equal_runs(one, halves)
     assert read_json(halves.environment)["processes"] == 2
     stopped = replace(noisy_config, run_name="stopped")
-    quarters = train(stopped, TWO_QUARTERS, "--stop-after", "4", launcher=TORCHRUN)
+    quarters = train(stopped, TWO_QUARTERS, "--stop-after", "4")
     assert read_json(quarters.summary)["final_step"] == 4
     assert_equal_runs(one, train(stopped, ONE, "--resume", "auto"))
 

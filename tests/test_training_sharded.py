@@ -113,11 +113,10 @@ def test_a_run_goes_on_bitwise_in_its_layout_and_equal_in_one_process(
     assert_equal_runs(one, go_on(config, whole, ONE, tmp_path / "one"))
 
 
-@pytest.mark.parametrize("layout", [EXPERTS, REPLICAS], ids=["fsdp 2, ep 2", "the same twice"])
-def test_a_run_of_one_process_goes_on_sharded(
-    layout: Layout, from_scratch: RunConfig, one: RunFolder, tmp_path: Path
+def test_a_run_of_one_process_goes_on_in_two_sharded_replicas(
+    from_scratch: RunConfig, one: RunFolder, tmp_path: Path
 ) -> None:
-    assert_equal_runs(one, go_on(from_scratch, one, layout, tmp_path))
+    assert_equal_runs(one, go_on(from_scratch, one, REPLICAS, tmp_path))
 
 
 def from_base(config: RunConfig, dense: Any, folder: Path) -> RunConfig:
