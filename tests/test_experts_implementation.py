@@ -12,7 +12,6 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 import moe_emergence
 from moe_emergence.certificate import FAMILIES, Family, certify_family, get_arithmetic
-from moe_emergence.certificate.families import experts_of
 from moe_emergence.errors import exit_code
 from moe_emergence.integrations.transformers import (
     ImplementationDispatcher,
@@ -79,8 +78,13 @@ def a_hundredth_off(self, hidden_states, top_k_index, top_k_weights):
     return 1.01 * experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
+def wrong_for_some_single_tokens(self, hidden_states, top_k_index, top_k_weights):
+    """As a path for decoding may be, of which a pass over whole sequences sees nothing."""
+    y = experts_forward(self, hidden_states, top_k_index, top_k_weights)
+    return -y if len(y) <= 2 and y.detach().sum() > 0 else y
+
+
 WRONG = (
-    without_limits,
     swapped_halves,
     no_router_gradient,
     loses_the_last_token,
@@ -103,6 +107,18 @@ def registered():
         ExpertsInterface._global_mapping.pop(name)
 
 
+def test_limits_left_out_are_found(registered) -> None:
+    """They are within reach of the experts alone."""
+    problems = certified(registered(without_limits), "gpt_oss", "fp32", "bf16")
+    assert len(problems) == 2
+    assert all(problem.startswith("gpt_oss experts") for problem in problems)
+
+
+def test_tokens_generated_otherwise_are_found(registered) -> None:
+    problems = certified(registered(wrong_for_some_single_tokens), "gpt_oss", "fp32")
+    assert problems == ["gpt_oss model fp32: AssertionError: other tokens are generated"]
+
+
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda function: function.__name__)
 def test_a_wrong_implementation_is_found(wrong, registered) -> None:
     problems = certified(registered(wrong), "gpt_oss", "fp32")
@@ -123,7 +139,7 @@ def test_a_refusal_is_no_failure(registered) -> None:
 
 
 def random_experts(family: str, seed: int = 0):
-    return experts_of(BY_NAME[family].model(FP64, CPU, seed))[0]
+    return BY_NAME[family].experts(FP64, CPU, seed)
 
 
 @given(st.sampled_from([FUSED, BETWEEN, "nemotron_h"]), st.integers(0, 999), st.integers(0, 12))

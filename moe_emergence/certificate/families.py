@@ -5,7 +5,7 @@ Letters: T tokens, H model width, E experts, K experts per token.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ class Family:
     about: str
     """What its experts are that others' are not."""
     settings: dict[str, Any] = field(default_factory=dict)
+    edges: dict[str, Any] = field(default_factory=dict)
+    """More settings for the experts alone: limits that numbers of order one reach. In a whole model
+    roundings before the experts would decide who is beyond one, each time an error of order one."""
+
+    whole: bool = True
+    """Whether whole models are compared, too. Not where layers make a rounding grow until the error
+    is that of a few elements, to which the bounds for many do not apply."""
+
+    def experts(self, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+        """The experts of a random model with these edges."""
+        with_edges = replace(self, settings=self.settings | self.edges)
+        return experts_of(with_edges.model(dtype, device, seed))[0]
 
     def model(self, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
         """A random model in evaluation mode, with logits and routing of order one."""
@@ -147,13 +159,14 @@ FAMILIES = (
             "n_routed_experts": 4,
             "moe_intermediate_size": 24,
             "head_dim": 16,
-            "swiglu_limit": 1.0,
         },
+        {"swiglu_limit": 1.0},
     ),
     Family(
         "gpt_oss",
         "stored (in, out), biases, gate and up interleaved, limits",
-        {"num_local_experts": 4, "intermediate_size": 24, "head_dim": 8, "swiglu_limit": 1.0},
+        {"num_local_experts": 4, "intermediate_size": 24, "head_dim": 8},
+        {"swiglu_limit": 1.0},
     ),
     Family("phimoe", "sparse mixer", {"num_local_experts": 4, "intermediate_size": 24}),
     Family(
@@ -199,6 +212,7 @@ FAMILIES = (
             "attn_layer_period": 2,
             "attn_layer_offset": 0,
         },
+        whole=False,
     ),
     Family("minimax", "lightning attention", {"num_local_experts": 4, "intermediate_size": 24}),
     Family("flex_olmo", "experts of several owners", {"num_experts": 4, "intermediate_size": 24}),
