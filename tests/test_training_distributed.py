@@ -22,17 +22,11 @@ pytestmark = pytest.mark.slow
 ONE, TWO_HALVES, TWO_QUARTERS = (8, 1, 1), (4, 1, 2), (2, 2, 2)
 
 
-LAUNCHERS = {
-    "accelerate": "accelerate.commands.accelerate_cli",
-    "torchrun": "torch.distributed.run",
-}
-
-
 def train(
     config: RunConfig,
     split: tuple[int, int, int],
     *more: str,
-    launcher: tuple[str, ...] | None = None,
+    by_launcher: bool = False,
 ) -> RunFolder:
     batch_size, accumulation, processes = split
     flags = [
@@ -44,15 +38,15 @@ def train(
     if processes == 1:
         assert exit_code(train_command, flags) == 0
         return folder
-    if launcher is None:
+    if not by_launcher:
         assert run_processes(processes, flags) == [0] * processes
         return folder
     done = subprocess.run(
         [
             sys.executable,
             "-m",
-            LAUNCHERS[launcher[0]],
-            *launcher[1:],
+            "accelerate.commands.accelerate_cli",
+            *ACCELERATE[1:],
             "-m",
             "moe_emergence.train",
             *flags,
@@ -86,7 +80,7 @@ def noisy_config(tiny_config: RunConfig) -> RunConfig:
 
 def test_two_processes_equal_one_also_when_one_goes_on(noisy_config: RunConfig) -> None:
     one = train(replace(noisy_config, run_name="one"), ONE)
-    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES, launcher=ACCELERATE)
+    halves = train(replace(noisy_config, run_name="halves"), TWO_HALVES, by_launcher=True)
     assert_equal_runs(one, halves)
     assert read_json(halves.environment)["processes"] == 2
     stopped = replace(noisy_config, run_name="stopped")
