@@ -44,10 +44,10 @@ class First:
 
 
 class Batch(NamedTuple):
-    """A step's tokens (A, B, L) and domains (A, B), as the loader's `StepBatch`."""
+    """A step's tokens (A, B, L) and domains (A, B, D), as the loader's `StepBatch`."""
 
     input_ids: Tensor
-    domain_ids: Tensor
+    domains: Tensor
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Bench:
         torch.manual_seed(0)
         input_ids_ABL = torch.randint(setup.vocabulary, size)
         domain_ids_AB = torch.arange(size[0] * size[1]).view(size[:2]) % 3
-        self.batch = Batch(input_ids_ABL.to(self.device), domain_ids_AB.to(self.device))
+        domains_ABD = torch.eye(3, dtype=torch.float64)[domain_ids_AB]
+        self.batch = Batch(input_ids_ABL.to(self.device), domains_ABD.to(self.device))
         config = GPT2Config(
             vocab_size=setup.vocabulary,
             n_positions=setup.block,
@@ -167,7 +168,7 @@ class Bench:
                 self.model,
                 self.optimizer,
                 self.batch.input_ids,
-                self.batch.domain_ids,
+                self.batch.domains.argmax(dim=2),
                 coefficients,
             )
             return

@@ -19,7 +19,7 @@ from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
-from moe_emergence.analysis.knockout import ALL, domain_losses, knockout_table
+from moe_emergence.analysis.knockout import domain_losses, knockout_table
 from moe_emergence.analysis.module_sets import Naming
 from moe_emergence.analysis.module_test import modules_of
 from moe_emergence.analysis.report import write_report
@@ -36,20 +36,24 @@ from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.analysis.similarity import compare_experts, sample_ids
 from moe_emergence.analysis.sources import (
     Source,
+    Text,
+    TextChoice,
     load_model,
     open_source,
-    text_blocks,
+    read_text,
 )
 from moe_emergence.analysis.streaming import count_routing, is_byte_level
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analysis.training_curves import training_tables
 from moe_emergence.analysis.vocabulary import vocabulary_tables
 from moe_emergence.command import parse, run
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import TokenClass
+from moe_emergence.config.data import ALL
 from moe_emergence.data.samples import poor_share, samples, unlike
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
+from moe_emergence.settings import check
 from moe_emergence.training.checkpoint import save_model_folder
 
 PROG = "python -m moe_emergence.analyze"
@@ -89,14 +93,22 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     tables: dict[str, list[pd.DataFrame]] = {}
     about: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
-    data, read = "", {}
+    data, domains = "", list[str]()
+    read: dict[str, Any] = {}
+    choice = TextChoice(
+        config.data, config.domains, config.domain_field, config.text_field, config.token_types,
+        config.block_size, config.cache_dir,
+    )  # fmt: skip
     for place, name in zip(config.sources, source_names(config.sources), strict=True):
         source = open_source(place, name, device)
         reader = RouterReader(source.model)
-        text, data = text_blocks(source, config.data, config.block_size, config.cache_dir)
-        blocks = take(text, config.max_tokens)
-        read = text_read(source, blocks)
-        found = routing_tables(source, reader, blocks, config)
+        text = read_text(source, choice)
+        check_domains(text, config)
+        data = text.description
+        blocks = take(text.blocks, config.max_tokens)
+        domains = list(dict.fromkeys([*domains, *blocks]))
+        read |= text_read(source, blocks)
+        found = routing_tables(source, reader, blocks, text.classes, config)
         num_experts = int(found["expert_load"]["expert"].nunique())
         found |= model_tables(source, reader, blocks, config, num_experts, device)
         if config.test == "modules":
@@ -117,7 +129,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
             "command": command,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "runs": about,
-            "domains": list(DOMAINS),
+            "domains": domains,
             "tokens": max(run["tokens"] for run in about),
             "data": data,
             "read": read,
@@ -146,8 +158,18 @@ def text_read(source: Source, blocks: dict[str, Tensor]) -> dict[str, dict[str, 
     }
 
 
+def check_domains(text: Text, config: AnalyzeConfig) -> None:
+    """Refuse domains to keep the experts of that the text does not have."""
+    unknown = [domain for domain in config.keep_experts if domain not in text.blocks]
+    check(not unknown, "--keep-experts", " ".join(unknown), f"choose from {', '.join(text.blocks)}")
+
+
 def routing_tables(
-    source: Source, reader: RouterReader, blocks: dict[str, Tensor], config: AnalyzeConfig
+    source: Source,
+    reader: RouterReader,
+    blocks: dict[str, Tensor],
+    classes: dict[str, TokenClass],
+    config: AnalyzeConfig,
 ) -> Tables:
     """Where the tokens go, and what that tells of them."""
     readable = is_byte_level(source.tokenizer)
@@ -157,6 +179,7 @@ def routing_tables(
         reader,
         blocks,
         source.tokenizer if readable else None,
+        classes,
         batch_size=config.batch_size,
         seed=config.seed,
     )

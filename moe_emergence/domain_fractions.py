@@ -7,27 +7,27 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_emergence.config import DOMAINS
-
-DomainFractions = Mapping[int, Sequence[Sequence[float]]]
-"""Per mixture layer D rows, in the order of `DOMAINS`, of E shares that sum to 1."""
+DomainFractions = Mapping[int, Mapping[str, Sequence[float]]]
+"""Per mixture layer and domain E shares that sum to 1."""
 
 
-def write_domain_fractions(path: Path, fractions: DomainFractions) -> None:
+def write_domain_fractions(
+    path: Path, domains: Sequence[str], fractions_DE: Mapping[int, Sequence[Sequence[float]]]
+) -> None:
     """Write layer, domain, expert and fraction of every cell as CSV."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", "domain", "expert", "fraction"])
-        for layer, rows in fractions.items():
-            for domain, row in zip(DOMAINS, rows, strict=True):
+        for layer, rows in fractions_DE.items():
+            for domain, row in zip(domains, rows, strict=True):
                 writer.writerows([layer, domain, e, f"{share:.6f}"] for e, share in enumerate(row))
 
 
-def read_domain_fractions(path: Path) -> dict[int, list[list[float]]]:
+def read_domain_fractions(path: Path) -> DomainFractions:
     """What `write_domain_fractions` wrote, rounded to six digits."""
-    found: dict[int, list[list[float]]] = {}
+    found: dict[int, dict[str, list[float]]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            layer = found.setdefault(int(row["layer"]), [[] for _ in DOMAINS])
-            layer[DOMAINS.index(row["domain"])].append(float(row["fraction"]))
+            layer = found.setdefault(int(row["layer"]), {})
+            layer.setdefault(row["domain"], []).append(float(row["fraction"]))
     return found

@@ -171,3 +171,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path} line {number}: not JSON ({error})") from error
     return rows
+
+
+_LOSS_OF = "eval/lm_loss_"
+
+
+def losses_by_domain(row: Mapping[str, Any]) -> dict[str, float]:
+    """Evaluation lm_loss of every domain in a row of `metrics.jsonl`, in the order of the run's."""
+    return {k.removeprefix(_LOSS_OF): v for k, v in row.items() if k.startswith(_LOSS_OF)}

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from moe_emergence.analysis.tidy import write_tables
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 
 HOSTILE = "<script>document.title='run'</script>"
 
@@ -20,7 +20,7 @@ def write_analysis(folder: Path, *, runs: int = 2, layers: int = 2, experts: int
         (run, layer, domain, expert)
         for run in names
         for layer in range(layers)
-        for domain in DOMAINS
+        for domain in SHIPPED
         for expert in range(experts)
     ]
     shares = pd.DataFrame(every, columns=["run", "layer", "domain", "expert"])
@@ -75,7 +75,7 @@ def write_analysis(folder: Path, *, runs: int = 2, layers: int = 2, experts: int
             "experts": rng.integers(0, experts, (layers, len(tokens), 2)).tolist(),
             "probabilities": [[[0.7, 0.2]] * len(tokens)] * layers,
         }
-        for domain in DOMAINS
+        for domain in SHIPPED
     ]  # fmt: skip
     explorer = [
         {"name": name, "num_experts": experts, "top_k": 2, "layers": list(range(layers)),
@@ -92,7 +92,7 @@ def write_analysis(folder: Path, *, runs: int = 2, layers: int = 2, experts: int
     (folder / "analysis.json").write_text(
         json.dumps(
             {"command": f"analyze {HOSTILE}", "created": "2026-01-01T00:00:00", "runs": about,
-             "domains": list(DOMAINS), "tokens": 100, "data": "made up", "versions": {},
+             "domains": list(SHIPPED), "tokens": 100, "data": "made up", "versions": {},
              "read": {"code": {"samples": [HOSTILE], "poor_blocks": 0.5, "warning": "tables"},
                       "prose": {"samples": ["Sir"], "poor_blocks": 0.0, "warning": None}}}
         )

@@ -26,7 +26,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
     triton.knobs.runtime.interpret = True
 
-from moe_emergence.config import DOMAINS, ModelConfig, RunConfig
+from moe_emergence.config import SHIPPED, ModelConfig, RunConfig
 from moe_emergence.presets import demo
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -112,7 +112,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `--data` folder with 40 short documents a domain, each domain with words of its own."""
     folder = tmp_path_factory.mktemp("data")
     rng = random.Random(0)
-    for domain in DOMAINS:
+    for domain in SHIPPED:
         words = [f"{domain}{i}" for i in range(30)] + ["and", "the", "of"]
         texts = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
@@ -148,6 +148,7 @@ def tiny(data_folder: Path, cache_folder: Path, where: Path) -> RunConfig:
             cache_dir=str(cache_folder),
             block_size=16,
             vocab_size=300,
+            token_types=("code=python", "math=math", "prose=words"),
         ),
         optim=replace(
             config.optim,

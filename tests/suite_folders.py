@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.config import SHIPPED, RunConfig
 from moe_emergence.data.tokenizer import train_bpe
 from moe_emergence.presets import demo
 from moe_emergence.settings import to_dict
@@ -154,7 +154,7 @@ def write_run(run: Path, plan: VariantPlan, seed: int, status: str = "completed"
             + offset
             + (plan.shift + 0.004 * rng.normal()) * step / last
             + 2 * (1 - step / last)
-            for place, domain in enumerate(DOMAINS)
+            for place, domain in enumerate(SHIPPED)
         }
         rows.append({"step": step, "eval/lm_loss": float(np.mean(list(losses.values()))), **losses})
     for step in STEPS if config.model.moe_layers else ():
@@ -174,7 +174,7 @@ def manifest(seed: int) -> dict[str, Any]:
     return {
         "block_size": 32,
         "seed": seed,
-        "domains": {d: {"source": "s", "train": split, "eval": split} for d in DOMAINS},
+        "domains": {d: {"source": "s", "train": split, "eval": split} for d in SHIPPED},
     }
 
 

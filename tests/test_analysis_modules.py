@@ -16,7 +16,7 @@ from moe_emergence.analysis.ablation import block_losses, without_experts
 from moe_emergence.analysis.module_sets import most_selective, rivals_of, total_load
 from moe_emergence.analysis.modules import RANDOM_SETS, halves, judge, module_tables, name_on
 from moe_emergence.analysis.routers import find_routers
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
 
 VOCAB, LENGTH, E = 24, 16, 8
@@ -26,7 +26,7 @@ Blocks = dict[str, Tensor]
 def chains(rows: int, seed: int) -> Blocks:
     """Each domain is a walk over all tokens by transitions of its own: only context tells them."""
     found = {}
-    for place, domain in enumerate(DOMAINS):
+    for place, domain in enumerate(SHIPPED):
         table = np.random.default_rng(place).dirichlet(np.full(VOCAB, 0.08), VOCAB)
         rng = np.random.default_rng([seed, place])
         walks = np.zeros((rows, LENGTH), np.int64)
@@ -145,7 +145,7 @@ def test_rivals_are_other_sets_of_that_size_and_near_in_load(
     size = min(size, experts - 1)
     rng = np.random.default_rng(seed)
     load = rng.dirichlet(np.ones(experts), layers)
-    named = {d: most_selective(rng.random((layers, experts)), size) for d in DOMAINS}
+    named = {d: most_selective(rng.random((layers, experts)), size) for d in SHIPPED}
     layer_sets = list(itertools.combinations(range(experts), size))
     every = set(itertools.product(layer_sets, repeat=layers))
     found = rivals_of(named, load, 20, seed)
@@ -174,10 +174,10 @@ def test_a_verdict_is_its_rule(seed: int, on: float, off: float, sets: int) -> N
     rng = np.random.default_rng(seed)
 
     def losses(mean: float) -> dict[str, np.ndarray]:
-        return {d: rng.normal(mean if d == "code" else off, 0.1, 9) for d in DOMAINS}
+        return {d: rng.normal(mean if d == "code" else off, 0.1, 9) for d in SHIPPED}
 
     named, rivals = losses(on), [losses(rng.normal(1, 0.5)) for _ in range(sets)]
-    documents = {d: rng.integers(0, 9, 9) for d in DOMAINS}
+    documents = {d: rng.integers(0, 9, 9) for d in SHIPPED}
     found = judge("code", named, rivals, documents, seed)
     damage = named["code"].mean()
     reached = sum(one["code"].mean() >= damage for one in rivals)

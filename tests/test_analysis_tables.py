@@ -20,7 +20,7 @@ from moe_emergence.analysis.routing_tables import (
     routing_summary,
 )
 from moe_emergence.analysis.vocabulary import vocabulary_tables
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 
 E, L = 3, 8
 FEW = Resampling(permutations=39, bootstrap=20)
@@ -30,9 +30,10 @@ def counted(
     experts_NDRLK: np.ndarray, ids_DRL: np.ndarray, batch: int = 2, types: bool = True
 ) -> RoutingCounts:
     """Counts of decisions given for N layers, D domains, R blocks, streamed in batches."""
-    counts = RoutingCounts()
+    classes = dict(zip(SHIPPED, ("python", "math", "words"), strict=True))
+    counts = RoutingCounts(classes)
     hidden = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    for domain in range(len(DOMAINS)):
+    for domain in range(len(SHIPPED)):
         for start in range(0, ids_DRL.shape[1], batch):
             ids = ids_DRL[domain, start : start + batch]
             groups = np.arange(start, start + len(ids))
@@ -51,7 +52,7 @@ def counted(
 
 def random_decisions(seed: int, k: int, blocks: int = 5) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    shape = (2, len(DOMAINS), blocks, L)
+    shape = (2, len(SHIPPED), blocks, L)
     experts = rng.permuted(np.broadcast_to(np.arange(E), (*shape, E)), axis=-1)[..., :k]
     return experts, rng.integers(0, 9, shape[1:])
 
@@ -71,7 +72,7 @@ def test_a_perfect_specialist_tells_the_domain() -> None:
     assert table.loc["domain", "bits_low"] == pytest.approx(math.log2(3))
     assert table.loc["token type", "bits"] == pytest.approx(0, abs=1e-12)
     shares = expert_domain(counts.layers)
-    own = shares[shares["domain"].map(DOMAINS.index) == shares["expert"]]
+    own = shares[shares["domain"].map(SHIPPED.index) == shares["expert"]]
     assert (own["fraction"] == 1).all()
     row = routing_summary(counts.layers).iloc[0]
     assert row["max_violation"] == pytest.approx(0)
@@ -123,7 +124,7 @@ def test_counts_are_those_of_a_loop_and_of_scikit_learn(k: int) -> None:
         for expert in range(E):
             for slot in range(k):
                 assert load[layer, slot, expert] == (experts[layer, ..., slot] == expert).sum()
-            for d, domain in enumerate(DOMAINS):
+            for d, domain in enumerate(SHIPPED):
                 expected = (experts[layer, d] == expert).mean()
                 assert shares.loc[(layer, -1, domain, expert), "fraction"] == pytest.approx(
                     expected
@@ -132,7 +133,7 @@ def test_counts_are_those_of_a_loop_and_of_scikit_learn(k: int) -> None:
         nats = mutual_info_score(domains.ravel(), experts[layer].ravel())
         assert table.loc[(layer, "domain"), "bits"] == pytest.approx(nats / math.log(2))
         first = experts[layer, ..., 0]
-        for d, domain in enumerate(DOMAINS):
+        for d, domain in enumerate(SHIPPED):
             nats = mutual_info_score(ids[d].ravel() % 2, first[d].ravel())
             row = table.loc[(layer, f"token type: {domain}")]
             assert row["bits"] == pytest.approx(nats / math.log(2))

@@ -16,7 +16,7 @@ from moe_emergence.analysis.report.summary import summarise
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import routing_summary
 from moe_emergence.analysis.streaming import count_routing
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 
 MORE = "experts follow domains more than random routers do"
 BLOCKS, LENGTH, VOCAB = 24, 32, 300
@@ -25,13 +25,13 @@ BLOCKS, LENGTH, VOCAB = 24, 32, 300
 def text(seed: int) -> dict[str, Tensor]:
     """Domains that use a common vocabulary with other frequencies."""
     rng = np.random.default_rng(seed)
-    shares = [rng.dirichlet(np.full(VOCAB, 0.1)) for _ in DOMAINS]
+    shares = [rng.dirichlet(np.full(VOCAB, 0.1)) for _ in SHIPPED]
     drawn = [rng.choice(VOCAB, (BLOCKS, LENGTH), p=share) for share in shares]
-    return {d: torch.from_numpy(part) for d, part in zip(DOMAINS, drawn, strict=True)}
+    return {d: torch.from_numpy(part) for d, part in zip(SHIPPED, drawn, strict=True)}
 
 
 def verdicts(model: Any, blocks: dict[str, Tensor], seed: int) -> list[str]:
-    counted = count_routing(RouterReader(model), blocks, None, batch_size=8, seed=seed)
+    counted = count_routing(RouterReader(model), blocks, batch_size=8, seed=seed)
     tables = {
         "information": information_table(counted.layers, Resampling(99, 20, seed)),
         "routing": routing_summary(counted.layers),
@@ -56,8 +56,8 @@ def test_untrained_models_do_not_follow_domains() -> None:
 
 def tell_the_domain(model: Any, blocks: dict[str, Tensor]) -> None:
     """Every router becomes a linear probe for the domain, on the states that it reads."""
-    labels_T = torch.arange(len(DOMAINS)).repeat_interleave(BLOCKS * LENGTH)
-    targets_TD = torch.nn.functional.one_hot(labels_T, len(DOMAINS)).double() - 1 / len(DOMAINS)
+    labels_T = torch.arange(len(SHIPPED)).repeat_interleave(BLOCKS * LENGTH)
+    targets_TD = torch.nn.functional.one_hot(labels_T, len(SHIPPED)).double() - 1 / len(SHIPPED)
     for layer in model.moe_layers().values():
         states: list[Tensor] = []
         hook = layer.router.register_forward_pre_hook(
@@ -67,7 +67,7 @@ def tell_the_domain(model: Any, blocks: dict[str, Tensor]) -> None:
             model(input_ids=part)
         hook.remove()
         probe_HD = torch.linalg.lstsq(torch.cat(states), targets_TD).solution
-        layer.router.weight.zero_()[: len(DOMAINS)] = probe_HD.T.float()
+        layer.router.weight.zero_()[: len(SHIPPED)] = probe_HD.T.float()
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
-from moe_emergence.analysis.sources import load_model, open_source, text_blocks
+from moe_emergence.analysis.sources import TextChoice, load_model, open_source, read_text
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import (
     AnalyzeConfig,
@@ -27,7 +27,7 @@ from moe_emergence.analyze import (
     output_folder,
     source_names,
 )
-from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.config import SHIPPED, RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.errors import RunError
 from moe_emergence.run_folder import RunFolder, read_json
@@ -108,7 +108,7 @@ def test_experts_begin_at_the_dense_base_and_saturation_ends_at_one(analysed: Pa
 def test_explorer_pieces_join_to_the_text(analysed: Path, run: RunFolder) -> None:
     _, tokenizer = load_model(str(run.final_model), "cpu")
     (one,) = json.loads((analysed / "explorer.json").read_text())["runs"]
-    assert {text["domain"] for text in one["texts"]} == set(DOMAINS)
+    assert {text["domain"] for text in one["texts"]} == set(SHIPPED)
     for text in one["texts"]:
         joined = "".join(text["tokens"])
         assert text["domain"] in joined
@@ -135,7 +135,9 @@ def test_a_hugging_face_mixture_in_a_folder(
     assert (modules["sets"] == 15).all()  # one of four experts in two layers
     # of blocks that are far apart no document is lost
     source = open_source(str(folder), family, "cpu")
-    text, _ = text_blocks(source, str(data_folder), 16, str(cache_folder))
+    text = read_text(
+        source, TextChoice(str(data_folder), block_size=16, cache_dir=str(cache_folder))
+    ).blocks
     found = modules[modules["corpus"] == "second half"].set_index("domain")["documents"]
     for domain, part in halves(text)[1].items():
         documents = main_documents(part, tokenizer.eos_token_id)
@@ -173,9 +175,11 @@ def test_a_run_is_read_on_its_own_evaluation_documents(
     assert source.config is not None
     own = prepare_data(source.config.data, source.config.seed).eval_blocks
     for data in (None, str(data_folder), f"{data_folder.parent}/./{data_folder.name}"):
-        same, _ = text_blocks(source, data, None, str(cache_folder))
-        short, _ = text_blocks(source, data, 8, str(cache_folder))
-        for domain in DOMAINS:
+        same = read_text(source, TextChoice(data, cache_dir=str(cache_folder))).blocks
+        short = read_text(
+            source, TextChoice(data, block_size=8, cache_dir=str(cache_folder))
+        ).blocks
+        for domain in SHIPPED:
             assert torch.equal(same[domain], own[domain])
             shared = min(short[domain].numel(), own[domain].numel())
             assert torch.equal(short[domain].flatten()[:shared], own[domain].flatten()[:shared])
@@ -186,7 +190,7 @@ def test_a_run_is_read_on_its_own_evaluation_documents(
     copy.data_manifest.write_text(json.dumps(manifest))
     changed = open_source(str(copy.root), "run", "cpu")
     with pytest.raises(ValueError, match=r"cannot be made again \(domains\.math\.eval\.sha256"):
-        text_blocks(changed, None, None, str(cache_folder))
+        read_text(changed, TextChoice(cache_dir=str(cache_folder)))
 
 
 def test_what_would_mislead_or_overwrite_is_refused(run: RunFolder, cache_folder: Path) -> None:
@@ -212,7 +216,7 @@ def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_p
         model, _ = load_model(str(tmp_path / f"kept-{domain}"), "cpu")
         assert model.config.num_experts == 2
         losses = domain_losses(model, take(second, 400), 8)
-        for on in DOMAINS:
+        for on in SHIPPED:
             assert losses[on][0] == pytest.approx(loss[domain, 2, on], rel=1e-5)
     with pytest.raises(ValueError, match=r"--keep-experts .* give --test modules too"):
         main([str(run.root), *FEW, "--keep-experts", "code"])

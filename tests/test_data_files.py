@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_emergence.data.files import files_below, rows_of, suffix_of
-from moe_emergence.data.folder import find_domain, read_domain
+from moe_emergence.data.folder import read_domain
+from moe_emergence.data.places import find_domain
 
 TEXTS = [f"text {i} é 中 {'x' * 20}" for i in range(6)]
 
@@ -36,9 +37,7 @@ def read(folder: Path, files: dict[str, bytes]) -> list[str]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
     found = find_domain(folder, "code")
-    texts = read_domain(
-        found, "code", limit_bytes=10**8, seed=0, text_field="text", cache_dir="unused"
-    ).texts
+    texts = read_domain(found, "code", limit_bytes=10**8, seed=0, text_field="text").texts
     return sorted(texts)
 
 
@@ -170,7 +169,7 @@ def test_any_text_comes_back(texts: list[str], tmp_path_factory: pytest.TempPath
     for escaped in (True, False):
         rows = [json.dumps({"text": t}, ensure_ascii=escaped) for t in texts]
         path.write_bytes("\n".join(rows).encode())
-        assert [row["text"] for row in rows_of(path, "text")] == texts
+        assert [row["text"] for row in rows_of(path, "json", "text")] == texts
 
 
 def test_suffixes() -> None:

@@ -40,9 +40,8 @@ def folder(tmp_path: Path) -> Path:
     return path
 
 
-def read(folder: Path, limit: int = 10**6, seed: int = 0, field: str = "text"):
-    cache = str(folder.parent / "cache")
-    return read_folder(str(folder), limit_bytes=limit, seed=seed, text_field=field, cache_dir=cache)
+def read(folder: Path, limit: int = 10**6, seed: int = 0, field: str = "text", **options):
+    return read_folder(str(folder), limit_bytes=limit, seed=seed, text_field=field, **options)
 
 
 def replace_code(folder: Path, name: str, content: bytes) -> Path:
@@ -133,8 +132,10 @@ def test_many_text_files_are_read_in_little_time(folder: Path) -> None:
 def test_other_files_beside_the_data_do_not_matter(folder: Path) -> None:
     (folder / "code.manifest.json").write_text("{}")
     (folder / "README.md").write_text("about")
-    (folder / "codes.jsonl").write_text("{}")
-    assert sorted(read(folder)["code"].texts) == sorted(DOCUMENTS["code"])
+    (folder / ".hidden.jsonl").write_text("{}")
+    found = read(folder)
+    assert list(found) == list(DOCUMENTS)
+    assert sorted(found["code"].texts) == sorted(DOCUMENTS["code"])
 
 
 def test_sorted_files_are_shuffled_by_the_seed(folder: Path) -> None:
@@ -169,11 +170,13 @@ def test_a_field_without_text_is_refused(folder: Path, value: object) -> None:
 
 
 def test_a_missing_folder_or_domain_is_named(folder: Path) -> None:
-    refused(folder / "none", r'--data .*none: no such folder; give "embedded", "hub" or a folder')
+    refused(folder / "none", r'--data .*none: no such file or folder; give "embedded", "hub"')
     (folder / "math.jsonl").rename(folder / "math.csv")
-    refused(folder, r"--data .*nothing for domain math \(found math.csv.*\.jsonl")
+    message = r"--data .*nothing for domain math \(found math.csv.*\.jsonl"
+    refused(folder, message, domains=("code", "math"))
     (folder / "math.csv").unlink()
-    refused(folder, r"--data .*: nothing for domain math; add a folder math/ or a file math")
+    message = r"--data .*: nothing for domain math; add a folder math/ or a file math"
+    refused(folder, message, domains=("math",))
 
 
 @pytest.mark.parametrize("second", ["code.parquet", "code.json", "code.jsonl.xz", "code/"])
@@ -189,7 +192,8 @@ def test_a_sub_folder_must_hold_one_format(folder: Path) -> None:
     refused(folder, r"--data .*/code: domain code mixes json and text files; keep one format")
     (folder / "code" / "b.txt").unlink()
     (folder / "code" / "a.jsonl").unlink()
-    refused(folder, r"--data .*/code: no file with text for code; add .jsonl")
+    message = r"--data .*/code: no file with text for code; add .jsonl"
+    refused(folder, message, domains=("code",))
 
 
 @pytest.mark.parametrize(

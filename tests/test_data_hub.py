@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 from moe_emergence.data.hub import HUB_SOURCES, hub_root, read_hub
 from moe_emergence.hub_access import http_error_type
 
@@ -46,12 +46,14 @@ def read(hub: Path, limit: int = 10**6, revisions=None, **options):
     options.setdefault("resolve", lambda repo, revision: COMMIT)
     options.setdefault("root", lambda repo, commit: str(hub / repo))
     cache = str(hub.parent / "cache")
-    return read_hub(limit_bytes=limit, cache_dir=cache, revisions=revisions or {}, **options)
+    return read_hub(
+        SHIPPED, limit_bytes=limit, cache_dir=cache, revisions=revisions or {}, **options
+    )
 
 
 def test_texts_come_in_stream_order_with_their_filters(hub: Path) -> None:
     found = read(hub)
-    assert list(found) == list(DOMAINS)
+    assert list(found) == list(SHIPPED)
     assert found["code"].texts == [CODE[1], CODE[3], CODE[4]]
     assert found["prose"].texts == [PROSE[1], PROSE[3]]
     assert found["math"].texts == ["How many?\n\nTwo.", "Why?\n\nBecause."]

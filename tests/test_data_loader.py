@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 from moe_emergence.data import StepBatch, eval_batches, make_step_loader
 
 LENGTH = 3
@@ -17,7 +17,7 @@ LENGTH = 3
 def train_blocks(*counts: int) -> dict[str, torch.Tensor]:
     """Blocks whose first token is the row number and whose second is the domain."""
     blocks, first = {}, 0
-    for index, (domain, count) in enumerate(zip(DOMAINS, counts, strict=False)):
+    for index, (domain, count) in enumerate(zip(SHIPPED, counts, strict=False)):
         rows = torch.arange(first, first + count)
         blocks[domain] = torch.stack([rows, torch.full_like(rows, index), rows * 2], 1).int()
         first += count
@@ -59,9 +59,10 @@ def test_batches_have_the_promised_shapes_types_and_labels() -> None:
     batch = next(iter(loader(train_blocks(5, 6, 7), (4, 2, 1))))
     assert isinstance(batch, StepBatch)
     assert batch.input_ids.shape == (4, 2, LENGTH)
-    assert batch.domain_ids.shape == (4, 2)
-    assert batch.input_ids.dtype == batch.domain_ids.dtype == torch.int64
-    assert torch.equal(batch.input_ids[..., 1], batch.domain_ids)
+    assert batch.domains.shape == (4, 2, 3)
+    assert batch.input_ids.dtype == torch.int64
+    assert (batch.domains.sum(dim=-1) == 1).all()
+    assert torch.equal(batch.input_ids[..., 1], batch.domains.argmax(dim=-1))
     assert torch.equal(batch.input_ids[..., 2], batch.input_ids[..., 0] * 2)
 
 
@@ -152,13 +153,9 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_domains_keep_their_index_whatever_the_order_of_the_mapping() -> None:
-    blocks = train_blocks(2, 3, 4)
-    turned = dict(reversed(blocks.items()))
-    split = (1, 9, 1)
-    assert torch.equal(global_rows(turned, split, 2), global_rows(blocks, split, 2))
-    only = {"prose": blocks["prose"]}
-    assert set(next(iter(loader(only, (1, 4, 1)))).domain_ids.flatten().tolist()) == {2}
+def test_a_single_domain_is_all_of_every_batch() -> None:
+    only = {"prose": train_blocks(2, 3, 4)["prose"]}
+    assert next(iter(loader(only, (1, 4, 1)))).domains.tolist() == [[[1.0]] * 4]
 
 
 def test_no_rows_at_all_is_refused() -> None:

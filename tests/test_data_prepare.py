@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_emergence.config import DOMAINS, DataConfig
+from moe_emergence.config import SHIPPED, DataConfig
 from moe_emergence.data import check_same_data, make_step_loader, prepare_data, save_prepared
 from moe_emergence.data.manifest import hash_blocks
 from moe_emergence.data.samples import poor_share
@@ -57,7 +57,7 @@ def test_runs_of_one_split_seed_share_their_blocks_whatever_their_own_seed(
     shared = prepare_data(dataclasses.replace(config, split_seed=7), 12)
     other = prepare_data(config, 12)
     check_same_data(shared.manifest, prepared.manifest)
-    for domain in DOMAINS:
+    for domain in SHIPPED:
         assert torch.equal(shared.train_blocks[domain], prepared.train_blocks[domain])
         assert torch.equal(shared.eval_blocks[domain], prepared.eval_blocks[domain])
     assert hash_blocks(other.eval_blocks["code"].numpy()) != hash_blocks(
@@ -68,8 +68,8 @@ def test_runs_of_one_split_seed_share_their_blocks_whatever_their_own_seed(
 def test_blocks_and_manifest_agree(prepared, config: DataConfig) -> None:
     domains = prepared.manifest["domains"]
     assert list(prepared.train_blocks) == list(prepared.eval_blocks) == list(domains)
-    assert tuple(domains) == DOMAINS
-    for domain in DOMAINS:
+    assert tuple(domains) == SHIPPED
+    for domain in SHIPPED:
         for name, blocks in (
             ("train", prepared.train_blocks[domain]),
             ("eval", prepared.eval_blocks[domain]),
@@ -93,7 +93,7 @@ def test_unbalanced_blocks_are_the_documents_in_order(prepared, config: DataConf
     counts = {domain: len(blocks) for domain, blocks in plain.train_blocks.items()}
     assert counts["prose"] > 2 * counts["code"]
     assert {len(b) for b in prepared.train_blocks.values()} == {min(counts.values())}
-    for domain in DOMAINS:
+    for domain in SHIPPED:
         assert torch.equal(plain.eval_blocks[domain], prepared.eval_blocks[domain])
         text = plain.tokenizer.decode(plain.train_blocks[domain].flatten())
         documents = text.split(plain.tokenizer.eos_token)[:-1]
@@ -110,7 +110,7 @@ def test_the_same_configuration_gives_the_same_data_and_another_seed_other_data(
     again = prepare_data(elsewhere, 7)
     assert again.manifest == json.loads(json.dumps(prepared.manifest))
     check_same_data(prepared.manifest, again.manifest)
-    for domain in DOMAINS:
+    for domain in SHIPPED:
         assert torch.equal(again.train_blocks[domain], prepared.train_blocks[domain])
     with pytest.raises(ValueError, match=r"seed was 7 and is now 8"):
         check_same_data(prepared.manifest, prepare_data(config, 8).manifest)
@@ -122,7 +122,7 @@ def test_prepared_data_come_back_as_they_were(prepared, config, tmp_path) -> Non
     found = prepare_data(moved, 7)
     assert found.manifest == json.loads(json.dumps(prepared.manifest))
     for split in ("train_blocks", "eval_blocks"):
-        for domain in DOMAINS:
+        for domain in SHIPPED:
             assert torch.equal(getattr(found, split)[domain], getattr(prepared, split)[domain])
     assert found.tokenizer.encode("def x") == prepared.tokenizer.encode("def x")
     assert hash_tokenizer(found.tokenizer) == hash_tokenizer(prepared.tokenizer)
@@ -197,8 +197,11 @@ def test_imbalance_is_reported_when_balancing_is_off(config: DataConfig, caplog)
         ({"block_size": 4096}, r"^code: the train split has \d+ tokens, .*--block-size"),
         ({"block_size": 1024}, r"^code: the evaluation split has \d+ tokens, .*--block-size"),
         ({"size_mb": 0.0005}, r"^code: .* at least 2 distinct documents, not [01]; .*--size-mb"),
-        ({"data": "nowhere"}, r"^--data nowhere: no such folder"),
-        ({"tokenizer": "nowhere", "data": "nowhere"}, r"^--tokenizer nowhere: no such folder"),
+        ({"data": "nowhere"}, r"^--data nowhere: no such file or folder"),
+        (
+            {"tokenizer": "nowhere", "data": "nowhere"},
+            r"^--tokenizer nowhere: no such folder",
+        ),
     ],
 )
 def test_what_cannot_be_prepared_names_the_flag(config: DataConfig, changes, message) -> None:
@@ -302,7 +305,7 @@ def test_shared_folder_with_the_gpt2_tokenizer(tmp_path: Path) -> None:
     )
     prepared = prepare_data(config, 42)
     domains = prepared.manifest["domains"]
-    assert all(300_000 < domains[d]["train"]["characters"] <= 500_000 for d in DOMAINS)
+    assert all(300_000 < domains[d]["train"]["characters"] <= 500_000 for d in SHIPPED)
     assert len({len(blocks) for blocks in prepared.train_blocks.values()}) == 1
     assert len(prepared.train_blocks["code"]) > 100
     assert prepared.manifest["tokenizer"]["vocab_size"] == 50_257

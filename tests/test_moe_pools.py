@@ -268,7 +268,7 @@ def test_null_routers_have_the_pools_of_the_router() -> None:
     with reader.reading():
         routing = reader.read(tokens)[0]
     weights_NEH = null_weights(4, 24, 5, 1)
-    counts = LayerCounts(1, 4, 1, weights_NEH)
+    counts = LayerCounts(1, 4, 1, weights_NEH, {"prose": "none"})
     counts.add(Batch(tokens.numpy(), 0, torch.arange(4).numpy(), None), routing)
     scale = model.moe_layers()[1].router.weight.square().mean().sqrt()
     for n, weight_EH in enumerate(weights_NEH):

@@ -8,7 +8,7 @@ import torch
 from small_models import VOCAB, make_model
 from torch import Tensor
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import SHIPPED
 from moe_emergence.models import MoEGPT2LMHeadModel
 from moe_emergence.training.churn import HIGH, ROWS, ChurnProbe
 from moe_emergence.training.objective import NextTokenLoss
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 def text(rows: int = ROWS + 3) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    return {d: torch.randint(0, VOCAB, (rows, 12), generator=generator).int() for d in DOMAINS}
+    return {d: torch.randint(0, VOCAB, (rows, 12), generator=generator).int() for d in SHIPPED}
 
 
 def shake(model: MoEGPT2LMHeadModel, layer: int) -> None:

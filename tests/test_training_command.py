@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from moe_emergence import generate, train
 from moe_emergence.analysis.summary import what_was_shown
-from moe_emergence.config import DOMAINS
-from moe_emergence.domain_fractions import read_domain_fractions
+from moe_emergence.config import SHIPPED
+from moe_emergence.domain_fractions import DomainFractions, read_domain_fractions
 from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
 
@@ -51,14 +51,15 @@ def finished(
     return RunFolder(where / "runs" / "demo"), done
 
 
-def _bits(fractions: Mapping[int, Sequence[Sequence[float]]]) -> str:
+def _bits(fractions: DomainFractions) -> str:
     """H(expert) - H(expert | domain) of every layer, domains of equal weight."""
 
     def entropy(shares: Sequence[float]) -> float:
         return -sum(p * math.log2(p) for p in shares if p > 0)
 
     found = []
-    for rows in fractions.values():
+    for by_domain in fractions.values():
+        rows = list(by_domain.values())
         together = [sum(shares) / len(rows) for shares in zip(*rows, strict=True)]
         found.append(entropy(together) - sum(map(entropy, rows)) / len(rows))
     return ", ".join(f"{one:.2f}" for one in found)
@@ -104,7 +105,7 @@ def test_the_last_sentence_says_what_routing_gained(
         run = runs[role] = RunFolder(tmp_path / role)
         run.root.mkdir()
         run.metrics.write_text(json.dumps({"step": step, "eval/lm_loss": loss}) + "\n")
-        rows = [f"1,{d},{e},{float(e == (d == 'code'))}" for d in DOMAINS for e in (0, 1)]
+        rows = [f"1,{d},{e},{float(e == (d == 'code'))}" for d in SHIPPED for e in (0, 1)]
         run.expert_domain.write_text("\n".join(["layer,domain,expert,fraction", *rows]) + "\n")
     assert expected in what_was_shown(runs)
 
@@ -144,7 +145,7 @@ def test_metrics_have_the_documented_keys_at_the_documented_steps(
             "train/z_loss",
             "train/learning_rate",
         } <= row.keys()
-        assert any(f"train/lm_loss_{domain}" in row for domain in DOMAINS)
+        assert any(f"train/lm_loss_{domain}" in row for domain in SHIPPED)
     routed = {row["step"]: row for row in rows if "router/layer_2_entropy" in row}
     assert sorted(routed) == [2, 4]
     for layer in (2, 3):
@@ -164,7 +165,7 @@ def test_table_on_screen_is_what_was_measured(
     last = read_metrics(run.metrics)[-1]
     row = next(line for line in done.stdout.splitlines() if "mixture of experts" in line)
     shown = [float(number) for number in re.findall(r"\d\.\d{4}", row)]
-    keys = [*(f"eval/lm_loss_{domain}" for domain in DOMAINS), "eval/lm_loss"]
+    keys = [*(f"eval/lm_loss_{domain}" for domain in SHIPPED), "eval/lm_loss"]
     assert shown == [round(last[key], 4) for key in keys]
 
 

@@ -71,7 +71,7 @@ def make(
 def batch(step: int) -> StepBatch:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, 50, (2, 4, 12), generator=generator)
-    return StepBatch(ids, torch.randint(0, 3, (2, 4), generator=generator))
+    return StepBatch(ids, torch.eye(3).double()[torch.randint(0, 3, (2, 4), generator=generator)])
 
 
 def train(

@@ -200,7 +200,7 @@ def test_loss_curve_is_that_of_a_plain_loop(scope: Literal["global", "micro"]) -
     for step in range(10):
         noise = RouterNoise(0.1, 0, step)
         sums = forward_backward(
-            accelerator, loss, StepBatch(ids, torch.zeros(2, 2).long()), optim, noise
+            accelerator, loss, StepBatch(ids, torch.ones(2, 2, 1).double()), optim, noise
         )
         ours.append(float(sums.lm_loss))
         batches = ids.flatten(0, 1).split(4 if scope == "global" else 2)

@@ -65,7 +65,9 @@ def step(
     model: LanguageModel, micro: int, scope: str = "global", optim: OptimConfig = OPTIM
 ) -> tuple[StepStatistics, dict[str, Tensor]]:
     ids, domains = rows()
-    batch = StepBatch(ids.view(micro, -1, LENGTH), domains.view(micro, -1))
+    batch = StepBatch(
+        ids.view(micro, -1, LENGTH), torch.eye(3).double()[domains].view(micro, -1, 3)
+    )
     noise = RouterNoise(0.4, 3, 5) if isinstance(model, MoEGPT2LMHeadModel) else None
     model.zero_grad()
     sums = forward_backward(

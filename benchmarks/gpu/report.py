@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.program import Fields, read_journal
-from moe_emergence.config import DOMAINS
+from moe_emergence.run_folder import losses_by_domain
 
 PATHS = ("fused", "grouped", "sequential", "dense-floor")
 
@@ -84,7 +84,9 @@ def _apart(rows: Sequence[Fields]) -> list[str]:
 def _runs(rows: Sequence[Fields]) -> list[str]:
     if not rows:
         return []
-    names = ("eval/lm_loss", *(f"eval/lm_loss_{domain}" for domain in DOMAINS))
+    found = (losses_by_domain(row.get("last", {})) for row in rows)
+    domains = list(dict.fromkeys(domain for by_domain in found for domain in by_domain))
+    names = ("eval/lm_loss", *(f"eval/lm_loss_{domain}" for domain in domains))
     cells = []
     for row in rows:
         if row["run"] == "projection":
@@ -94,7 +96,7 @@ def _runs(rows: Sequence[Fields]) -> list[str]:
         ended = row.get("status") or row["exit"]
         losses = [f"{last[name]:.4f}" if name in last else "" for name in names]
         cells.append((row["run"], row["steps"], ended, row["seconds"], speed, *losses))
-    head = ("run", "steps", "ended", "seconds", "tokens/s", "lm_loss", *DOMAINS)
+    head = ("run", "steps", "ended", "seconds", "tokens/s", "lm_loss", *domains)
     return ["## Runs of the trainer\n", table(head, cells)]
 
 

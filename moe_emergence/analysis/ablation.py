@@ -16,7 +16,6 @@ from torch.nn import functional
 
 from emergence_kernels import route
 from moe_emergence.analysis.routers import RouterInfo, find_routers
-from moe_emergence.config import DOMAINS
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.lower_layers import lower_states, lower_states_given
 from moe_emergence.models.mode import evaluating
@@ -102,7 +101,7 @@ class Ablation:
 
 
 def _of_domains(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {domain: blocks[domain] for domain in DOMAINS if len(blocks.get(domain, ()))}
+    return {domain: part for domain, part in blocks.items() if len(part)}
 
 
 def _row_losses(model: nn.Module, ids_RL: Tensor) -> Floats:

@@ -12,7 +12,6 @@ from torch import Tensor
 from moe_emergence.analysis.router_gradients import router_gradients
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.sources import load_model
-from moe_emergence.config import DOMAINS
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import RunFolder
 
@@ -71,9 +70,9 @@ def _route(
     experts: list[list[Tensor]] = [[] for _ in reader.layers]
     rows: list[dict[str, Any]] = []
     with reader.reading():
-        for domain in DOMAINS:
+        for domain, of_domain in blocks.items():
             counts: dict[int, Tensor] = {}
-            for part in blocks.get(domain, torch.zeros(0, 1)).split(batch_size):
+            for part in of_domain.split(batch_size):
                 for place, routing in enumerate(reader.read(part) if len(part) else []):
                     experts[place].append(routing.experts_TK.cpu().short())
                     size = routing.probs_TE.shape[1]

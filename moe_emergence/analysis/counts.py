@@ -5,7 +5,7 @@ domain, N null routers, H model width.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from moe_emergence.analysis.routers import LayerRouting
 from moe_emergence.analysis.token_types import NUM_TYPES
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import TokenClass
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -36,7 +36,7 @@ class Batch:
     token_ids: Ints
     """(B, L)"""
     domain: int
-    """Place in `DOMAINS`."""
+    """Place among the domains of the counts."""
     groups: Ints
     """(B,) group of each block within its domain, 0 to G - 1."""
     types: npt.NDArray[np.int8] | None
@@ -52,6 +52,8 @@ class LayerCounts:
     top_k: int
     null_weights_NEH: Tensor
     """(N, E, H) random routers that read what the model's router reads."""
+    classes: Mapping[str, TokenClass]
+    """The domains, in order, and how the tokens of each are told apart."""
     slots: Ints = field(init=False)
     """(D, K, E) assignments by slot."""
     grouped: Ints = field(init=False)
@@ -77,7 +79,7 @@ class LayerCounts:
     probs_sum: Floats = field(init=False)
 
     def __post_init__(self) -> None:
-        domains, experts = len(DOMAINS), self.num_experts
+        domains, experts = len(self.classes), self.num_experts
         self.slots = np.zeros((domains, self.top_k, experts), np.int64)
         self.grouped = np.zeros((domains, GROUPS, experts), np.int64)
         self.types = np.zeros((domains, NUM_TYPES, self.top_k, experts), np.int64)
@@ -168,6 +170,8 @@ class LayerCounts:
 class RoutingCounts:
     """The counts of a model's layers, and of first experts in one layer and the next."""
 
+    classes: Mapping[str, TokenClass]
+    """The domains, in order, and how the tokens of each are told apart."""
     layers: list[LayerCounts] = field(default_factory=list)
     """By layer, ascending."""
     between: dict[tuple[int, int], Ints] = field(default_factory=dict)
@@ -178,7 +182,7 @@ class RoutingCounts:
     def add(self, batch: Batch, routings: Sequence[LayerRouting], seed: int) -> None:
         """Count one forward pass; `seed` is that of the null routers."""
         if not self.layers:
-            self.layers = [_empty(routing, self.null_routers, seed) for routing in routings]
+            self.layers = [self._empty(routing, seed) for routing in routings]
         for counts, routing in zip(self.layers, routings, strict=True):
             counts.add(batch, routing)
         for one, other in itertools.pairwise(routings):
@@ -188,13 +192,12 @@ class RoutingCounts:
             key = (one.layer, other.layer)
             self.between[key] = self.between.get(key, 0) + table.reshape(-1, width)
 
-
-def _empty(routing: LayerRouting, null_routers: int, seed: int) -> LayerCounts:
-    num_experts = routing.probs_TE.shape[1]
-    weights = null_weights(
-        num_experts, routing.hidden_TH.shape[1], null_routers, seed * 1000 + routing.layer
-    )
-    return LayerCounts(routing.layer, num_experts, routing.experts_TK.shape[1], weights)
+    def _empty(self, routing: LayerRouting, seed: int) -> LayerCounts:
+        num_experts, top_k = routing.probs_TE.shape[1], routing.experts_TK.shape[1]
+        weights = null_weights(
+            num_experts, routing.hidden_TH.shape[1], self.null_routers, seed * 1000 + routing.layer
+        )
+        return LayerCounts(routing.layer, num_experts, top_k, weights, self.classes)
 
 
 def null_weights(num_experts: int, hidden_size: int, draws: int, seed: int) -> Tensor:

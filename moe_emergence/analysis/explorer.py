@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.token_types import text_and_spans, token_byte_lengths
-from moe_emergence.config import DOMAINS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,9 +26,8 @@ def explore(
     texts: list[dict[str, Any]] = []
     num_experts = top_k = 0
     with reader.reading():
-        for domain in DOMAINS:
-            part = blocks.get(domain)
-            for place, ids_L in enumerate(_spread(part) if part is not None else []):
+        for domain, part in blocks.items():
+            for place, ids_L in enumerate(_spread(part)):
                 routings = reader.read(ids_L[None])
                 num_experts = routings[0].probs_TE.shape[1]
                 top_k = routings[0].experts_TK.shape[1]

@@ -11,7 +11,6 @@ from moe_emergence.analysis import information as info
 from moe_emergence.analysis.counts import LayerCounts
 from moe_emergence.analysis.routing_tables import token_id_table
 from moe_emergence.analysis.token_types import TOKEN_TYPES
-from moe_emergence.config import DOMAINS
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,19 @@ def _domain_row(counts: LayerCounts, resampling: Resampling) -> dict[str, Any]:
     present = [part for part in filled if len(part)]
     labels = np.repeat(np.arange(len(filled)), [len(part) for part in filled])
     stacked = np.concatenate(filled)
-    test = info.domain_null(stacked, labels, len(DOMAINS), resampling.permutations, resampling.seed)
+    domains = len(counts.classes)
+    test = info.domain_null(stacked, labels, domains, resampling.permutations, resampling.seed)
     interval = info.bootstrap_interval(
         present, info.mutual_information, resamples=resampling.bootstrap, seed=resampling.seed
     )
-    row = _row(info.domain_table(stacked, labels, len(DOMAINS)), test, interval)
+    row = _row(info.domain_table(stacked, labels, domains), test, interval)
     return row | {"null_routers": info.mutual_information(counts.null_grouped)}
 
 
 def _type_rows(counts: LayerCounts, resampling: Resampling) -> list[dict[str, Any]]:
     rows, tests, weights, groups = [], [], [], []
-    for place, domain in enumerate(DOMAINS):
-        grouped = counts.types_grouped[place][:, : len(TOKEN_TYPES[domain])].astype(np.int64)
+    for place, (domain, token_class) in enumerate(counts.classes.items()):
+        grouped = counts.types_grouped[place][:, : len(TOKEN_TYPES[token_class])].astype(np.int64)
         grouped = grouped[grouped.any(axis=(1, 2))]
         if not len(grouped):
             continue

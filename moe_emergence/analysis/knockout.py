@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from moe_emergence.analysis.ablation import Ablation, Floats, block_losses, how_removed
 from moe_emergence.analysis.routers import find_routers
+from moe_emergence.config.data import ALL
 from moe_emergence.progress import progress_bar
-
-ALL = "all"
 
 
 def knockout_table(
@@ -27,7 +26,7 @@ def knockout_table(
 
     Args:
         model: any mixture language model whose routers can be read; its mode is restored.
-        blocks: token ids (R, L) for domains in `DOMAINS`.
+        blocks: token ids (R, L) of each domain.
         num_experts: E.
         batch_size: blocks in one forward pass.
     """

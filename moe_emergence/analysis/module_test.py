@@ -1,7 +1,6 @@
 """The module test of a source: modules, retention, and what single choices are worth."""
 
 import pandas as pd
-from torch import Tensor
 
 from moe_emergence.analysis.documents import blocks_each, take
 from moe_emergence.analysis.module_sets import Naming
@@ -9,21 +8,26 @@ from moe_emergence.analysis.modules import halves, module_tables, name_on
 from moe_emergence.analysis.regret import regret_table
 from moe_emergence.analysis.retention import retention_table
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.analysis.sources import Source, same_text, text_blocks
+from moe_emergence.analysis.sources import Source, Text, TextChoice, read_text, same_text
 from moe_emergence.settings import check
 
 
 def modules_of(
     source: Source,
-    blocks: dict[str, Tensor],
+    text: Text,
     config: AnalyzeConfig,
 ) -> tuple[dict[str, pd.DataFrame], Naming]:
     """Modules named on the first half of every domain's blocks, and tested on the second.
 
     Raises:
-        ValueError: naming the flag, for a second text that is the first, too few blocks, a
-            tokenizer without an end of text.
+        ValueError: naming the flag, for one domain alone, a second text that is the first, too few
+            blocks, a tokenizer without an end of text.
     """
+    check(
+        len(text.blocks) > 1, "--test", config.test,
+        f"experts of {' '.join(text.blocks)} are told from those of other domains; give two or "
+        "more with --data or --domains",
+    )  # fmt: skip
     named_on = config.data or (source.config.data.data if source.config else "embedded")
     if config.second_data is not None:
         check(
@@ -35,15 +39,17 @@ def modules_of(
         isinstance(eos_id, int), "--test", config.test,
         f"the tokenizer of {source.name} has no end of text, which tells documents apart",
     )  # fmt: skip
-    first, second = halves(blocks)
+    first, second = halves(text.blocks)
     naming = name_on(
         source.model, take(first, config.knockout_tokens), batch_size=config.batch_size
     )
     corpora = {"second half": second}
     if config.second_data is not None:
-        corpora[config.second_data], _ = text_blocks(
-            source, config.second_data, config.block_size, config.cache_dir
-        )
+        other = TextChoice(
+            config.second_data, tuple(text.blocks), config.domain_field, config.text_field,
+            block_size=config.block_size, cache_dir=config.cache_dir,
+        )  # fmt: skip
+        corpora[config.second_data] = read_text(source, other).blocks
     found = module_tables(
         source.model, naming, corpora, eos_id=int(eos_id),
         most=blocks_each(second, config.knockout_tokens), batch_size=config.batch_size,

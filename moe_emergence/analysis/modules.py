@@ -118,9 +118,7 @@ def can_pass(sets: int) -> bool:
 
 def name_on(model: nn.Module, blocks: Mapping[str, Tensor], *, batch_size: int = 8) -> Naming:
     """What is to be known for the names of modules, from knocking out every expert on `blocks`."""
-    counted = count_routing(
-        RouterReader(model), blocks, None, batch_size=batch_size, null_routers=0
-    )
+    counted = count_routing(RouterReader(model), blocks, batch_size=batch_size, null_routers=0)
     alone = knockout_table(model, blocks, counted.layers[0].num_experts, batch_size=batch_size)
     return name_modules(alone, expert_domain(counted.layers))
 

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moe_emergence.config import DOMAINS
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.mode import evaluating
 from moe_emergence.progress import progress_bar
@@ -30,7 +29,7 @@ class RoutingRecord:
     token_ids: npt.NDArray[np.int32]
     """(R, L)"""
     domains: npt.NDArray[np.int8]
-    """(R,) place in `DOMAINS`."""
+    """(R,) place among the domains of the run's data manifest."""
     layers: npt.NDArray[np.int16]
     """(N,) index in the model."""
     experts: npt.NDArray[np.int16]
@@ -51,14 +50,14 @@ def record_routing(
 
     Args:
         model: on any device; its mode is restored.
-        blocks: token ids for the domains in `DOMAINS`.
+        blocks: token ids of each domain.
         max_blocks: per domain, from the first; 0 for all.
         batch_size: blocks in one forward pass.
     """
     device = next(model.parameters()).device
-    kept = [blocks[domain][: max_blocks or None] for domain in DOMAINS]
+    kept = [part[: max_blocks or None] for part in blocks.values()]
     token_ids = torch.cat(kept)
-    domains = np.repeat(np.arange(len(DOMAINS), dtype=np.int8), [len(part) for part in kept])
+    domains = np.repeat(np.arange(len(kept), dtype=np.int8), [len(part) for part in kept])
     experts, probs = [], []
     title = "routing of the evaluation blocks"
     with evaluating(model), progress_bar(title, len(token_ids)) as advance:

@@ -12,7 +12,6 @@ import pandas as pd
 from moe_emergence.analysis import information as info
 from moe_emergence.analysis.counts import LayerCounts, RoutingCounts
 from moe_emergence.analysis.token_types import TOKEN_TYPES
-from moe_emergence.config import DOMAINS
 
 ALL_SLOTS = -1
 
@@ -33,7 +32,7 @@ def expert_domain(layers: Sequence[LayerCounts]) -> pd.DataFrame:
     """layer, slot, domain, expert, tokens, fraction of the domain's assignments."""
     rows: list[dict[str, Any]] = []
     for counts in layers:
-        for place, domain in enumerate(DOMAINS):
+        for place, domain in enumerate(counts.classes):
             for slot, load in _with_all(counts.slots[place]):
                 rows += [
                     {
@@ -49,8 +48,8 @@ def expert_token_type(layers: Sequence[LayerCounts]) -> pd.DataFrame:
     """layer, slot, domain, token_type, expert, tokens, fraction of the type's assignments."""
     rows: list[dict[str, Any]] = []
     for counts in layers:
-        for place, domain in enumerate(DOMAINS):
-            for kind, name in enumerate(TOKEN_TYPES[domain]):
+        for place, (domain, token_class) in enumerate(counts.classes.items()):
+            for kind, name in enumerate(TOKEN_TYPES[token_class]):
                 if not counts.types[place, kind].any():
                     continue
                 for slot, load in _with_all(counts.types[place, kind]):

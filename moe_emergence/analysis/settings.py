@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 import tyro
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config.data import token_classes
 from moe_emergence.settings import check
 
 
@@ -17,8 +17,17 @@ class AnalyzeConfig:
     sources: tyro.conf.Positional[tuple[str, ...]]
     """Run folders, model folders or ids of models on the hub; several are compared."""
     data: str | None = None
-    """Text: "embedded", "hub" or a folder; without it a run's own evaluation blocks, else the
-    embedded text."""
+    """Text: "embedded", "hub", a folder or a file; without it a run's own evaluation blocks, else
+    the embedded text."""
+    domains: tuple[str, ...] = ()
+    """Domains of the text, in this order; none takes all it has."""
+    domain_field: str | None = None
+    """Field that names the domain of every row, where --data holds them mixed."""
+    text_field: str = "text"
+    """Field that holds the text of a row."""
+    token_types: tuple[str, ...] = ()
+    """How the tokens of a domain are told apart, as domain=python, math, words (English) or none; a
+    domain not named is guessed from its text."""
     out: str | None = None
     """Folder for the analysis; without it SOURCE/analysis, or runs/analysis for several."""
     gallery: str | None = None
@@ -93,8 +102,7 @@ class AnalyzeConfig:
             list(self.keep_experts),
             f"one SOURCE is cut at a time, not {len(self.sources)}",
         )
-        unknown = [domain for domain in self.keep_experts if domain not in DOMAINS]
-        check(not unknown, "--keep-experts", unknown, f"choose from {', '.join(DOMAINS)}")
+        token_classes(self.token_types)
         check(self.keep >= 1, "--keep", self.keep, "give at least 1")
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
         check(

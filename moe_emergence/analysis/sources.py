@@ -8,12 +8,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe_emergence.models  # noqa: F401 - makes its model type known to transformers
-from moe_emergence.config import DOMAINS, DataConfig, RunConfig
+from moe_emergence.config import DataConfig, RunConfig, TokenClass
+from moe_emergence.config.data import token_classes
 from moe_emergence.data import PreparedData, prepare_data
 from moe_emergence.data.manifest import entry
 from moe_emergence.hub_access import check_model_reachable, reason
 from moe_emergence.run_folder import RunFolder, read_json
-from moe_emergence.settings import from_dict
+from moe_emergence.settings import check, from_dict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,33 +76,80 @@ def load_model(place: str, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]
     return model.to(device).eval(), tokenizer
 
 
-def text_blocks(
-    source: Source, data: str | None, block_size: int | None, cache_dir: str
-) -> tuple[dict[str, torch.Tensor], str]:
-    """Blocks (R, L) of each domain to analyse on, and what they are.
+@dataclass(frozen=True)
+class TextChoice:
+    """Which text to analyse on; fields as the flags of the same names say."""
+
+    data: str | None = None
+    domains: tuple[str, ...] = ()
+    domain_field: str | None = None
+    text_field: str = "text"
+    token_types: tuple[str, ...] = ()
+    block_size: int | None = None
+    cache_dir: str = ".cache"
+
+
+@dataclass(frozen=True)
+class Text:
+    """Evaluation blocks (R, L) of each domain, how its tokens are told apart, what it all is."""
+
+    blocks: dict[str, torch.Tensor]
+    classes: dict[str, TokenClass]
+    description: str
+
+
+def read_text(source: Source, choice: TextChoice) -> Text:
+    """The text to analyse on.
 
     Without `data`, or where that is its own, a run is analysed on its evaluation documents, a model
     on the embedded text; else on evaluation blocks of that source, as `--data` of `train` takes it.
     A model that comes without a run reads the text through its own tokenizer.
 
     Raises:
-        ValueError: naming the flag, when the text cannot be read or is too small.
+        ValueError: naming the flag, when the text cannot be read, is too small, or has no such
+            domain.
     """
     own = source.config
-    if own is not None and (data is None or same_text(data, own.data.data)):
-        size = block_size or own.data.block_size
-        prepared = prepare_data(replace(own.data, cache_dir=cache_dir, block_size=size), own.seed)
+    if own is not None and (choice.data is None or same_text(choice.data, own.data.data)):
+        size = choice.block_size or own.data.block_size
+        classes = token_classes(own.data.token_types) | token_classes(choice.token_types)
+        prepared = prepare_data(
+            replace(
+                own.data,
+                cache_dir=choice.cache_dir,
+                block_size=size,
+                token_types=tuple(f"{domain}={name}" for domain, name in classes.items()),
+            ),
+            own.seed,
+        )
         _check_same(source, prepared, blocks=size == own.data.block_size)
-        return prepared.eval_blocks, f"evaluation blocks of the run ({own.data.data})"
+        return _chosen(prepared, choice, f"evaluation blocks of the run ({own.data.data})")
     config = DataConfig(
-        data=data or "embedded",
+        data=choice.data or "embedded",
+        domains=choice.domains,
+        domain_field=choice.domain_field,
+        text_field=choice.text_field,
+        token_types=choice.token_types,
         size_mb=own.data.size_mb if own else 2.0,
-        block_size=block_size or (own.data.block_size if own else _length(source.model)),
+        block_size=choice.block_size or (own.data.block_size if own else _length(source.model)),
         tokenizer=source.place,
-        cache_dir=cache_dir,
+        cache_dir=choice.cache_dir,
     )
-    prepared = prepare_data(config, seed=0)
-    return prepared.eval_blocks, f"evaluation blocks of {config.data}"
+    return _chosen(prepare_data(config, seed=0), choice, f"evaluation blocks of {config.data}")
+
+
+def _chosen(prepared: PreparedData, choice: TextChoice, description: str) -> Text:
+    blocks = prepared.eval_blocks
+    names = choice.domains or tuple(blocks)
+    unknown = [name for name in names if name not in blocks]
+    check(
+        not unknown,
+        "--domains",
+        " ".join(unknown),
+        f"the text has {', '.join(blocks)}; choose from these",
+    )
+    classes = prepared.token_classes
+    return Text({name: blocks[name] for name in names}, {d: classes[d] for d in names}, description)
 
 
 def same_text(one: str, other: str) -> bool:
@@ -113,7 +161,8 @@ def _check_same(source: Source, prepared: PreparedData, *, blocks: bool) -> None
     """The tokenizer, and with `blocks` the evaluation blocks, are those of the run."""
     assert source.run is not None
     places: list[tuple[str, ...]] = [("tokenizer", "sha256")]
-    places += [("domains", domain, "eval", "sha256") for domain in DOMAINS] if blocks else []
+    domains = prepared.manifest["domains"] if blocks else ()
+    places += [("domains", domain, "eval", "sha256") for domain in domains]
     then = read_json(source.run.data_manifest)
     unlike = [".".join(p) for p in places if entry(then, p) != entry(prepared.manifest, p)]
     if unlike:

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_emergence.analysis.information import mutual_information
-from moe_emergence.config import DOMAINS
+from moe_emergence.config.data import ALL
 from moe_emergence.domain_fractions import read_domain_fractions
-from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
 
 _TITLES = {
     "base": "dense base",
@@ -32,12 +32,13 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
 
     A difference is shown only where both were evaluated at the same step.
     """
+    rows = {role: last_evaluation(run) for role, run in runs.items()}
+    domains = list(dict.fromkeys(d for row in rows.values() for d in losses_by_domain(row or {})))
     table = Table(title="Evaluation lm_loss, nats per token (auxiliary losses not included)")
     table.add_column("model")
-    for column in ("step", *DOMAINS, "all", "tokens/s"):
+    for column in ("step", *domains, ALL, "tokens/s"):
         table.add_column(column, justify="right")
-    keys = [*(f"eval/lm_loss_{domain}" for domain in DOMAINS), "eval/lm_loss"]
-    rows = {role: last_evaluation(run) for role, run in runs.items()}
+    keys = [*(f"eval/lm_loss_{domain}" for domain in domains), "eval/lm_loss"]
     for role, row in rows.items():
         if row is not None:
             losses = [f"{row[key]:.4f}" for key in keys]
@@ -54,12 +55,15 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
 def domain_bits(run: RunFolder) -> list[float]:
     """I(expert; domain) in bits for every mixture layer at the last evaluation, domains alike."""
     fractions = read_domain_fractions(run.expert_domain)
-    return [float(mutual_information(rows)) for rows in fractions.values()]
+    return [float(mutual_information(list(of.values()))) for of in fractions.values()]
 
 
 def what_was_shown(runs: Mapping[str, RunFolder]) -> str:
     """What the mixture's experts know of the domain and what it gains, beside a random router's."""
-    most = math.log2(len(DOMAINS))
+    domains = len(next(iter(read_domain_fractions(runs["moe"].expert_domain).values())))
+    if domains < 2:
+        return "One domain: whether experts know domains takes two (--data, --domains)."
+    most = math.log2(domains)
     bits = {role: _listed(domain_bits(runs[role])) for role in ("moe", "null")}
     return (
         f"Knowing the expert tells {bits['moe']} of {most:.2f} bits of a token's domain (layer by "

@@ -1,7 +1,7 @@
 """What kind of token every token of a block is, without a language model.
 
-Code is read by Python's own `tokenize`, math and prose by a pattern over the text; a token gets the
-type of most of its visible characters. Text cut out of the middle of a file is typed as well as
+Python is read by its own `tokenize`, mathematics and words by a pattern over the text; a token gets
+the type of most of its visible characters. Text cut out of the middle of a file is typed as well as
 its lines allow: a string that began before the block is not known to be one.
 
 Letters: R blocks, L tokens per block.
@@ -18,23 +18,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import TokenClass
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 END_OF_TEXT = "end of text"
-TOKEN_TYPES: dict[str, tuple[str, ...]] = {
-    "code": (
+TOKEN_TYPES: dict[TokenClass, tuple[str, ...]] = {
+    "python": (
         "keyword", "name", "number", "string", "comment", "operator", "space", "other", END_OF_TEXT
     ),
     "math": ("number", "operator", "word", "punctuation", "space", END_OF_TEXT),
-    "prose": (
+    "words": (
         "function word", "content word", "capitalised", "number", "punctuation", "space",
         END_OF_TEXT,
     ),
+    "none": (),
 }  # fmt: skip
-"""Names of the types of each domain; a type's number is its place."""
+"""Names of the types of each class of text; a type's number is its place."""
 
 NUM_TYPES = max(map(len, TOKEN_TYPES.values()))
 
@@ -51,8 +52,8 @@ FUNCTION_WORDS = frozenset(
 )
 """English words that carry grammar rather than content; closed, lower case."""
 
-_PATTERNS = {
-    "code": re.compile(
+_PATTERNS: dict[TokenClass, re.Pattern[str]] = {
+    "python": re.compile(
         r"(?P<number>\d[\w.]*)|(?P<name>\w+)|(?P<space>\s+)|(?P<string>[\"'])"
         r"|(?P<operator>[-+*/%@&|^~<>=!.,:;()\[\]{}])|(?P<other>.)"
     ),
@@ -60,7 +61,7 @@ _PATTERNS = {
         r"(?P<number>\d+(?:[.,]\d+)*)|(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)|(?P<space>\s+)"
         r"|(?P<operator>[-+*/=<>^%×÷±≤≥≈√])|(?P<punctuation>.)"
     ),
-    "prose": re.compile(
+    "words": re.compile(
         r"(?P<number>\d+(?:[.,]\d+)*)|(?P<word>[^\W\d_]+(?:['’][^\W\d_]+)*)|(?P<space>\s+)"
         r"|(?P<punctuation>.)"
     ),
@@ -75,14 +76,14 @@ _PYTHON = {
 
 def token_types(
     token_ids_RL: npt.NDArray[np.int32],
-    domains_R: npt.NDArray[np.int8],
+    token_class: TokenClass,
     tokenizer: "PreTrainedTokenizerBase",
 ) -> npt.NDArray[np.int8]:
-    """Type of every token (R, L), a place in `TOKEN_TYPES` of its block's domain.
+    """Type of every token (R, L), a place in `TOKEN_TYPES` of its class.
 
     Args:
         token_ids_RL: blocks of a byte-level tokenizer.
-        domains_R: each block's place in `DOMAINS`.
+        token_class: of the text; not "none".
         tokenizer: a fast byte-level BPE, as GPT-2's or one trained here.
 
     Raises:
@@ -90,8 +91,8 @@ def token_types(
     """
     types = np.empty(token_ids_RL.shape, dtype=np.int8)
     lengths = token_byte_lengths(tokenizer)
-    for block, (ids, domain) in enumerate(zip(token_ids_RL, domains_R, strict=True)):
-        types[block] = _block_types(ids, DOMAINS[domain], tokenizer, lengths)
+    for block, ids in enumerate(token_ids_RL):
+        types[block] = _block_types(ids, token_class, tokenizer, lengths)
     return types
 
 
@@ -106,18 +107,18 @@ def token_byte_lengths(tokenizer: "PreTrainedTokenizerBase") -> npt.NDArray[np.i
 
 def _block_types(
     ids: npt.NDArray[np.int32],
-    domain: str,
+    token_class: TokenClass,
     tokenizer: "PreTrainedTokenizerBase",
     lengths: npt.NDArray[np.int64],
 ) -> npt.NDArray[np.int8]:
-    names = TOKEN_TYPES[domain]
+    names = TOKEN_TYPES[token_class]
     types = np.full(len(ids), names.index(END_OF_TEXT), dtype=np.int8)
     ends = np.flatnonzero(ids == tokenizer.eos_token_id)
     # a document at a time: what follows an end of text is another text
     for start, stop in zip([0, *(ends + 1)], [*ends, len(ids)], strict=True):
         if start < stop:
             text, spans = text_and_spans(ids[start:stop], tokenizer, lengths)
-            chars = character_types(text, domain)
+            chars = character_types(text, token_class)
             types[start:stop] = [names.index(_majority(chars[a:b], text[a:b])) for a, b in spans]
     return types
 
@@ -173,12 +174,12 @@ def _majority(types: Sequence[str], text: str) -> str:
     return max(visible, key=visible.count) if visible else "space"
 
 
-def character_types(text: str, domain: str) -> list[str]:
-    """The type of every character of a text of `domain`; white space in a string is a string."""
-    types = _python_types(text) if domain == "code" else [""] * len(text)
-    for match in _PATTERNS[domain].finditer(text):
+def character_types(text: str, token_class: TokenClass) -> list[str]:
+    """The type of every character of a text; white space in a string is a string."""
+    types = _python_types(text) if token_class == "python" else [""] * len(text)
+    for match in _PATTERNS[token_class].finditer(text):
         kind = match.lastgroup or ""
-        if kind == "word" and domain == "prose":
+        if kind == "word" and token_class == "words":
             kind = _word_class(match.group())
         elif kind == "name" and keyword.iskeyword(match.group()):
             kind = "keyword"

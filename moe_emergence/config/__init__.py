@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_emergence.config.data import DOMAINS, DataConfig
+from moe_emergence.config.data import SHIPPED, DataConfig, TokenClass
 from moe_emergence.config.model import ModelConfig, check_layers_exist
 from moe_emergence.config.monitor import MonitorConfig
 from moe_emergence.config.optim import OptimConfig
@@ -16,8 +16,8 @@ from moe_emergence.moe.dispatch import DispatchName
 from moe_emergence.settings import check
 
 __all__ = [
-    "DOMAINS", "DataConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "RunConfig",
-    "check_layers_exist",
+    "SHIPPED", "DataConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "RunConfig",
+    "TokenClass", "check_layers_exist",
 ]  # fmt: skip
 
 

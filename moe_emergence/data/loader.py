@@ -1,7 +1,7 @@
 """Batches of one optimizer step each, the same rows however the step is split.
 
 Letters: P processes, A micro-batches per step and process, B rows per micro-batch, G = A*B*P rows
-per step, R rows of all domains, L tokens per row.
+per step, R rows of all D domains, L tokens per row.
 """
 
 import functools
@@ -15,14 +15,12 @@ import torch
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from moe_emergence.config import DOMAINS
-
 
 class StepBatch(NamedTuple):
     """One process's rows of one optimizer step; micro-batch m is `input_ids[m]`."""
 
     input_ids: torch.Tensor  # (A, B, L) int64
-    domain_ids: torch.Tensor  # (A, B) int64, index into DOMAINS
+    domains: torch.Tensor  # (A, B, D) float64, 1 for the domain of the row
 
 
 class StepDataset(Dataset[StepBatch]):
@@ -43,11 +41,10 @@ class StepDataset(Dataset[StepBatch]):
         process_index: int,
         num_processes: int,
     ) -> None:
-        domains = sorted(train_blocks, key=DOMAINS.index)
-        self.rows = torch.cat([train_blocks[domain] for domain in domains])  # (R, L)
-        sizes = torch.tensor([len(train_blocks[domain]) for domain in domains])
-        ids = torch.tensor([DOMAINS.index(domain) for domain in domains])
-        self.row_domains = ids.repeat_interleave(sizes)  # (R,)
+        self.rows = torch.cat(list(train_blocks.values()))  # (R, L)
+        sizes = torch.tensor([len(rows) for rows in train_blocks.values()])
+        each = torch.eye(len(sizes), dtype=torch.float64)
+        self.row_domains = each.repeat_interleave(sizes, dim=0)  # (R, D)
         if not len(self.rows):
             raise ValueError("no train blocks to load: raise --size-mb or lower --block-size")
         micro = np.arange(grad_accum_steps)[:, None] * num_processes + process_index

@@ -1,16 +1,17 @@
 """What the data of a run was, as JSON: provenance, counts and hashes, to be compared on resume."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from moe_emergence.config import SHIPPED, TokenClass
 from moe_emergence.data.packing import Blocks, PackedBlocks
 from moe_emergence.data.samples import poor_share
 
 PROVENANCE = ("source", "kind")
-TO_READ = ("samples", "poor_blocks")
+TO_READ = ("samples", "poor_blocks", "token_types")
 SETTINGS = {
     "block_size": "--block-size",
     "seed": "--seed",
@@ -18,6 +19,22 @@ SETTINGS = {
     "near_duplicates": "--near-duplicates",
     "tokenizer": "--tokenizer",
 }
+
+
+_SHIPPED_CLASSES: tuple[TokenClass, ...] = ("python", "math", "words")
+
+
+def token_classes_of(manifest: Mapping[str, Any]) -> dict[str, TokenClass]:
+    """The domains of a manifest, in order, and how the tokens of each are told apart.
+
+    Manifests that do not say are of times when all text was code, math or prose.
+    """
+    usual: dict[str, TokenClass] = dict(zip(SHIPPED, _SHIPPED_CLASSES, strict=True))
+    found = {}
+    for domain, entry in manifest["domains"].items():
+        said: TokenClass | None = entry.get("token_types")
+        found[domain] = said or usual.get(domain, "none")
+    return found
 
 
 def hash_blocks(blocks: Blocks) -> str:

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe_emergence.config import DOMAINS, DataConfig
+from moe_emergence.config import DataConfig, TokenClass
+from moe_emergence.config.data import token_classes
 from moe_emergence.data.manifest import describe_split
 from moe_emergence.data.near_duplicates import without_near_duplicates
 from moe_emergence.data.packing import (
@@ -22,7 +23,9 @@ from moe_emergence.data.samples import samples, unlike
 from moe_emergence.data.sources import read_sources
 from moe_emergence.data.split import Split, check_no_leakage, split_texts
 from moe_emergence.data.texts import DomainTexts
+from moe_emergence.data.token_class import guess_token_class
 from moe_emergence.data.tokenizer import encode_documents, hash_tokenizer, load_tokenizer
+from moe_emergence.settings import check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -43,6 +46,7 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
     # A tokenizer that is not there should not be found out after minutes of reading.
     ready = None if config.tokenizer == "train" else load_tokenizer(config, ())
     sources = read_sources(config, seed)
+    classes = classify(sources, config.token_types)
     splits = split_domains(sources, seed, config)
     all_train = [text for split in splits.values() for text in split.train]
     tokenizer = ready or load_tokenizer(config, all_train)
@@ -74,7 +78,8 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
                 train_blocks[domain],
                 evaluation[domain],
             )
-            for domain in DOMAINS
+            | {"token_types": classes[domain]}
+            for domain in sources
         },
     }
     poor = {d: entry["eval"]["poor_blocks"] for d, entry in manifest["domains"].items()}
@@ -82,17 +87,32 @@ def prepare_data(config: DataConfig, seed: int) -> PreparedData:
         logger.warning("%s", warning)
     return PreparedData(
         tokenizer=tokenizer,
-        train_blocks={d: torch.from_numpy(train_blocks[d]) for d in DOMAINS},
-        eval_blocks={d: torch.from_numpy(evaluation[d].blocks) for d in DOMAINS},
+        train_blocks={d: torch.from_numpy(blocks) for d, blocks in train_blocks.items()},
+        eval_blocks={d: torch.from_numpy(packed.blocks) for d, packed in evaluation.items()},
         manifest=manifest,
     )
+
+
+def classify(sources: Mapping[str, DomainTexts], said: tuple[str, ...]) -> dict[str, TokenClass]:
+    """Per domain how its tokens are told apart: as `--token-types` says, else guessed, and shown.
+
+    Raises `ValueError` for a domain that is not there.
+    """
+    classes = token_classes(said)
+    for domain in classes:
+        check(domain in sources, "--token-types", domain, f"the domains are {', '.join(sources)}")
+    for domain, source in sources.items():
+        if domain not in classes:
+            classes[domain] = guess_token_class(source.texts)
+            logger.info("%s: tokens read as %s (--token-types)", domain, classes[domain])
+    return classes
 
 
 def split_domains(
     sources: Mapping[str, DomainTexts], seed: int, config: DataConfig
 ) -> dict[str, Split]:
     """Of every domain documents to train on and others, unlike all of those, to evaluate on."""
-    splits = {domain: split_texts(domain, sources[domain].texts, seed) for domain in DOMAINS}
+    splits = {domain: split_texts(domain, of.texts, seed) for domain, of in sources.items()}
     for domain, split in splits.items():
         check_no_leakage(domain, split.train, split.eval)
     evaluation = [text for split in splits.values() for text in split.eval]

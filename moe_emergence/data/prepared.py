@@ -14,8 +14,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moe_emergence.config import DOMAINS, DataConfig
-from moe_emergence.data.manifest import hash_blocks
+from moe_emergence.config import DataConfig, TokenClass
+from moe_emergence.config.data import token_classes
+from moe_emergence.data.manifest import hash_blocks, token_classes_of
 from moe_emergence.data.tokenizer import folder_tokenizer, hash_tokenizer
 from moe_emergence.hub_access import reason
 from moe_emergence.settings import check
@@ -28,15 +29,21 @@ BLOCKS, MANIFEST, TOKENIZER = "blocks.safetensors", "data_manifest.json", "token
 
 @dataclass(frozen=True)
 class PreparedData:
-    """What a run trains and evaluates on, the domains in the order of `DOMAINS`.
+    """What a run trains and evaluates on.
 
-    Blocks are (N, block_size) int32 per domain. `manifest` is JSON-ready and describes them.
+    Blocks are (N, block_size) int32 per domain. `manifest` is JSON-ready and describes them; its
+    domains are those of the blocks, in the same order.
     """
 
     tokenizer: "PreTrainedTokenizerFast"
     train_blocks: dict[str, torch.Tensor]
     eval_blocks: dict[str, torch.Tensor]
     manifest: dict[str, Any]
+
+    @property
+    def token_classes(self) -> dict[str, TokenClass]:
+        """How the tokens of each domain are told apart."""
+        return token_classes_of(self.manifest)
 
 
 def is_prepared(path: str) -> bool:
@@ -49,7 +56,7 @@ def save_prepared(data: PreparedData, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     splits = {"train": data.train_blocks, "eval": data.eval_blocks}
     dtype = torch.uint16 if len(data.tokenizer) <= 2**16 else torch.int32
-    blocks = {f"{s}.{d}": of[d].to(dtype) for s, of in splits.items() for d in DOMAINS}
+    blocks = {f"{s}.{d}": rows.to(dtype) for s, of in splits.items() for d, rows in of.items()}
     save_file(blocks, folder / BLOCKS)
     data.tokenizer.save_pretrained(folder / TOKENIZER)
     text = json.dumps(data.manifest, indent=2) + "\n"
@@ -73,7 +80,7 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
         expected = {
             f"{split}.{domain}": manifest["domains"][domain][split]["sha256"]
             for split in ("train", "eval")
-            for domain in DOMAINS
+            for domain in manifest["domains"]
         }
         tokenizer_hash = manifest["tokenizer"]["sha256"]
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
@@ -100,7 +107,18 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
         f"the tokenizer is not that of {MANIFEST}; {again}",
     )
 
-    def of(split: str) -> dict[str, torch.Tensor]:
-        return {domain: blocks[f"{split}.{domain}"] for domain in DOMAINS}
+    domains = config.domains or tuple(manifest["domains"])
+    unknown = [domain for domain in domains if domain not in manifest["domains"]]
+    check(
+        not unknown,
+        "--domains",
+        " ".join(unknown),
+        f"{folder} has {', '.join(manifest['domains'])}; choose from these",
+    )
+    classes = token_classes_of(manifest) | token_classes(config.token_types)
+    entries = {d: manifest["domains"][d] | {"token_types": classes[d]} for d in domains}
 
-    return PreparedData(tokenizer, of("train"), of("eval"), manifest)
+    def of(split: str) -> dict[str, torch.Tensor]:
+        return {domain: blocks[f"{split}.{domain}"] for domain in domains}
+
+    return PreparedData(tokenizer, of("train"), of("eval"), manifest | {"domains": entries})

@@ -1,8 +1,8 @@
-"""From the setting `--data` to the texts of the three domains."""
+"""From the setting `--data` to the texts of the domains."""
 
 from pathlib import Path
 
-from moe_emergence.config import DOMAINS, DataConfig
+from moe_emergence.config import SHIPPED, DataConfig
 from moe_emergence.data.embedded import read_embedded
 from moe_emergence.data.folder import read_folder
 from moe_emergence.data.hub import read_hub
@@ -12,23 +12,23 @@ BYTES_PER_MB = 1_000_000
 
 
 def read_sources(config: DataConfig, seed: int) -> dict[str, DomainTexts]:
-    """Texts of every domain in the order of `DOMAINS`, up to `size_mb` each.
+    """Texts of `--domains`, or of every domain of the source, up to `size_mb` each.
 
     Raises `ValueError` naming the flag for whatever cannot be read.
     """
     limit_bytes = round(config.size_mb * BYTES_PER_MB)
-    cache_dir = str(Path(config.cache_dir, "datasets"))
+    shipped = config.domains or SHIPPED
     if config.data == "embedded":
-        found = read_embedded(limit_bytes, seed, config.cache_dir)
-    elif config.data == "hub":
+        return read_embedded(limit_bytes, seed, config.cache_dir, shipped)
+    if config.data == "hub":
         revisions = dict(pair.split("=", 1) for pair in config.hub_revision)
-        found = read_hub(limit_bytes=limit_bytes, cache_dir=cache_dir, revisions=revisions)
-    else:
-        found = read_folder(
-            config.data,
-            limit_bytes=limit_bytes,
-            seed=seed,
-            text_field=config.text_field,
-            cache_dir=cache_dir,
-        )
-    return {domain: found[domain] for domain in DOMAINS}
+        cache_dir = str(Path(config.cache_dir, "datasets"))
+        return read_hub(shipped, limit_bytes=limit_bytes, cache_dir=cache_dir, revisions=revisions)
+    return read_folder(
+        config.data,
+        limit_bytes=limit_bytes,
+        seed=seed,
+        text_field=config.text_field,
+        domains=config.domains,
+        domain_field=config.domain_field,
+    )

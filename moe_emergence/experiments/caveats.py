@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from moe_emergence.config import DOMAINS
 from moe_emergence.data.samples import unlike
 from moe_emergence.experiments.collect import ENDED, Records
 
@@ -49,8 +48,7 @@ def _data(manifest: dict[str, Any], config: dict[str, Any]) -> str:
     sizes = [
         f"{name}: {entry.get('train', {}).get('blocks', '?')} training and "
         f"{entry.get('eval', {}).get('blocks', '?')} evaluation blocks"
-        for name in DOMAINS
-        if (entry := domains.get(name))
+        for name, entry in domains.items()
     ]
     data = config.get("data", {})
     per_domain = config.get("monitor", {}).get("eval_blocks") or "all"
@@ -72,7 +70,7 @@ def _unlike(manifests: list[dict[str, Any]]) -> list[str]:
 
 def _evaluation_hash(manifest: dict[str, Any]) -> tuple[Any, ...]:
     domains = manifest.get("domains", {})
-    return tuple(domains.get(name, {}).get("eval", {}).get("sha256") for name in DOMAINS)
+    return tuple((name, of.get("eval", {}).get("sha256")) for name, of in domains.items())
 
 
 def _machines(records: Records) -> list[str]:

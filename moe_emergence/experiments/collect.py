@@ -7,17 +7,10 @@ from typing import Any
 import pandas as pd
 
 from moe_emergence.analysis.modules import MODULES_FILE
-from moe_emergence.config import DOMAINS
+from moe_emergence.config.data import ALL
 from moe_emergence.experiments.description import BASE, SuiteFolder
-from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
 
-ALL = "all"
-"""The "domain" that holds every evaluation token."""
-
-LOSS_KEYS = {
-    "eval/lm_loss": ALL,
-    **{f"eval/lm_loss_{domain}": domain for domain in DOMAINS},
-}
 _FRACTION = re.compile(r"router/layer_(\d+)_expert_(\d+)_frac")
 _CHURN = re.compile(r"eval/layer_(\d+)_churn")
 _ENTROPY = re.compile(r"router/layer_(\d+)_entropy")
@@ -68,6 +61,11 @@ class Records:
         for name in dotted.split("."):
             found = found.get(name) if isinstance(found, dict) else None
         return found
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Those that any run was evaluated on, in the order of the runs'."""
+        return tuple(domain for domain in dict.fromkeys(self.losses["domain"]) if domain != ALL)
 
     def status(self, variant: str, seed: int) -> str:
         """Of one run, as in `runs`."""
@@ -145,10 +143,11 @@ def _sort_row(
     churn: list[tuple[Any, ...]],
 ) -> None:
     """Put what a row of `metrics.jsonl` measured where it belongs."""
+    if "eval/lm_loss" in row:
+        by_domain = {ALL: row["eval/lm_loss"]} | losses_by_domain(row)
+        losses += [(*key, row["step"], domain, value) for domain, value in by_domain.items()]
     for name, value in row.items():
-        if name in LOSS_KEYS:
-            losses.append((*key, row["step"], LOSS_KEYS[name], value))
-        elif match := _FRACTION.fullmatch(name):
+        if match := _FRACTION.fullmatch(name):
             fractions.append((*key, row["step"], int(match[1]), int(match[2]), value))
         elif match := _ENTROPY.fullmatch(name):
             entropies.append((*key, row["step"], int(match[1]), value))

@@ -6,9 +6,9 @@ from typing import Any
 
 import pandas as pd
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config.data import ALL
 from moe_emergence.data.manifest import differences
-from moe_emergence.experiments.collect import ALL, ENDED, Records, final_losses
+from moe_emergence.experiments.collect import ENDED, Records, final_losses
 from moe_emergence.experiments.description import Comparison
 from moe_emergence.experiments.paired import holm, paired_difference, verdict
 
@@ -102,7 +102,7 @@ def compare(records: Records, margin: float = MARGIN) -> pd.DataFrame:
         reasons = {seed: mismatch(records, comparison, seed) for seed in records.suite.seeds}
         seeds = [seed for seed, reason in reasons.items() if not reason]
         left_out = "; ".join(f"seed {seed}: {why}" for seed, why in reasons.items() if why)
-        for domain in (ALL, *DOMAINS):
+        for domain in (ALL, *records.domains):
             found = [
                 float(finals[comparison.variant, seed, domain])
                 - float(finals[comparison.control, seed, domain])

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from moe_emergence.config import DOMAINS, RunConfig
+from moe_emergence.config import SHIPPED, RunConfig
 from moe_emergence.data.loader import StepBatch
 from moe_emergence.experiments.flops import base_config, training_flops
 from moe_emergence.experiments.plan import PlannedRun
@@ -143,7 +143,7 @@ def _cost(
     if not per_domain:
         per_domain = int(_EVAL_SHARE * config.data.size_mb * 1e6 / _BYTES_PER_TOKEN)
     evaluations = 2 + (steps - 1) // config.monitor.eval_every
-    evaluated = evaluations * per_domain * len(DOMAINS) / per_step / 3
+    evaluated = evaluations * per_domain * (len(config.data.domains) or len(SHIPPED)) / per_step / 3
     return VariantCost(
         name,
         runs,
@@ -182,7 +182,7 @@ def time_step(config: RunConfig, budget_s: float) -> float:
     ids = torch.randint(
         language_model.config.vocab_size, (*shape, length), device=accelerator.device
     )
-    batch = StepBatch(ids, torch.zeros(shape, dtype=torch.int64, device=accelerator.device))
+    batch = StepBatch(ids, torch.ones(*shape, 1, dtype=torch.float64, device=ids.device))
     seconds: list[float] = []
     began = time.perf_counter()
     while len(seconds) < 2 or time.perf_counter() - began < budget_s:

@@ -8,9 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from moe_emergence.analysis.figures.panels import COLOURS, LINES, style
-from moe_emergence.config import DOMAINS
 from moe_emergence.experiments.collapse_study import CollapseStudy
-from moe_emergence.experiments.collect import ALL
 from moe_emergence.experiments.description import Comparison
 from moe_emergence.experiments.lengths import BITS, LOSS
 from moe_emergence.experiments.specialisation import DOMAIN_LABEL, NULL_ROUTERS, TYPE_LABEL
@@ -23,9 +21,11 @@ VERDICT_COLOURS = {"better": "#0072B2", "worse": "#D55E00", "equivalent": "#009E
 def plot_comparisons(table: pd.DataFrame, margin: float) -> Figure:
     """Differences in final lm_loss with 95% intervals, a panel per domain, dots for the seeds."""
     pairs = list(dict.fromkeys(zip(table["variant"], table["control"], strict=True)))
-    panels = (ALL, *DOMAINS)
-    figure = Figure(figsize=(11, 0.45 * len(pairs) + 1.9), layout="constrained")
-    axes = figure.subplots(1, len(panels), sharey=True)
+    panels = list(dict.fromkeys(table["domain"]))
+    figure = Figure(
+        figsize=(3.8 + 1.8 * len(panels), 0.45 * len(pairs) + 1.9), layout="constrained"
+    )
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, domain in zip(axes, panels, strict=True):
         axis.axvspan(-margin, margin, color="#DDDDDD", zorder=0)
         axis.axvline(0, color=GREY, linewidth=0.8)
@@ -64,9 +64,9 @@ def plot_losses(
     The differences are means over the seeds of both at the same step; their spread at the end is
     what `plot_comparisons` shows. Comparisons at equal FLOPs have no step in common.
     """
-    figure = Figure(figsize=(11.5, 5.6), layout="constrained")
-    panels = (ALL, *DOMAINS)
-    axes = figure.subplots(2, len(panels), sharex=True)
+    panels = list(dict.fromkeys(losses["domain"]))
+    figure = Figure(figsize=(3.5 + 2.0 * len(panels), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(panels), sharex=True, squeeze=False)
     for column, domain in enumerate(panels):
         here = losses[losses["domain"] == domain]
         table = here.drop_duplicates(["variant", "seed", "step"], keep="last").pivot(

@@ -5,7 +5,8 @@ from typing import Any
 
 import pandas as pd
 
-from moe_emergence.experiments.collect import ALL, Records
+from moe_emergence.config.data import ALL
+from moe_emergence.experiments.collect import Records
 from moe_emergence.experiments.comparisons import LENGTH, config_differences
 from moe_emergence.experiments.paired import paired_difference
 from moe_emergence.experiments.specialisation import DOMAIN_LABEL

@@ -23,6 +23,7 @@ from moe_emergence.experiments.description import BASE, SuiteFolder, read_suite
 from moe_emergence.experiments.lengths import lengths, lengths_section
 from moe_emergence.experiments.modules import churn_section, modules_section
 from moe_emergence.experiments.specialisation import (
+    Classes,
     Resampling,
     TypesOf,
     against_nulls,
@@ -98,16 +99,21 @@ def gather(records: Records, margin: float, resampling: Resampling) -> Evidence:
 
 def tokenizer_types(suite: SuiteFolder) -> TypesOf:
     """Types of a routing's tokens, with the tokenizer that the runs of the seed left behind."""
-    known: dict[tuple[str, bytes], npt.NDArray[np.int8]] = {}
+    known: dict[tuple[str, bytes, str], npt.NDArray[np.int8]] = {}
 
-    def types(routing: RoutingRecord, seed: int) -> npt.NDArray[np.int8] | None:
+    def types(routing: RoutingRecord, seed: int, classes: Classes) -> npt.NDArray[np.int8] | None:
         folder = _tokenizer_folder(suite, seed)
-        if folder is None:
+        if folder is None or set(classes.values()) <= {"none"}:
             return None
-        key = folder.read_text(encoding="utf-8"), routing.token_ids.tobytes()
+        key = folder.read_text(encoding="utf-8"), routing.token_ids.tobytes(), str(classes)
         if key not in known:
             tokenizer = folder_tokenizer(str(folder.parent))
-            known[key] = token_types(routing.token_ids, routing.domains, tokenizer)
+            found = np.zeros(routing.token_ids.shape, np.int8)
+            for domain, token_class in enumerate(classes.values()):
+                here = routing.domains == domain
+                if token_class != "none":
+                    found[here] = token_types(routing.token_ids[here], token_class, tokenizer)
+            known[key] = found
         return known[key]
 
     return types

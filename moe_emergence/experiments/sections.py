@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.config.data import ALL
 from moe_emergence.experiments.collapse_study import HORIZON, WINDOW, CollapseStudy
-from moe_emergence.experiments.collect import ALL, ENDED, Records, final_losses
+from moe_emergence.experiments.collect import ENDED, Records, final_losses
 from moe_emergence.experiments.comparisons import config_differences
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.paired import MIN_SEEDS, paired_difference
@@ -76,7 +76,7 @@ def losses_section(records: Records) -> str:
         steps = sorted(set(ours["final_step"]))
         shown = [
             mean_and_spread(by_domain[domain]["final_lm_loss"]) if domain in by_domain else "–"
-            for domain in (ALL, *DOMAINS)
+            for domain in (ALL, *records.domains)
         ]
         best = mean_and_spread(by_domain[ALL]["best_lm_loss"]) if ALL in by_domain else "–"
         speed = records.runs.loc[records.runs["variant"] == variant, "tokens_per_sec"].mean()
@@ -84,7 +84,7 @@ def losses_section(records: Records) -> str:
             [variant, str(ours["seed"].nunique()), ", ".join(map(str, steps)), *shown, best,
              number(speed, 0)]
         )  # fmt: skip
-    header = ["variant", "seeds", "last step", ALL, *DOMAINS, "best, all", "tokens/s"]
+    header = ["variant", "seeds", "last step", ALL, *records.domains, "best, all", "tokens/s"]
     return markdown(header, rows) if rows else "No run has been evaluated yet."
 
 

@@ -7,7 +7,7 @@ null models: a learned router specialises by as much as it exceeds them, seed by
 Letters: N mixture layers, R blocks, L tokens per block, K experts per token.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ import pandas as pd
 from moe_emergence.analysis import information as info
 from moe_emergence.analysis.routing_record import RoutingRecord, read_routing
 from moe_emergence.analysis.token_types import NUM_TYPES, TOKEN_TYPES
-from moe_emergence.config import DOMAINS
+from moe_emergence.config import TokenClass
+from moe_emergence.data.manifest import token_classes_of
 from moe_emergence.experiments.collect import ENDED, Records
 from moe_emergence.experiments.paired import MIN_SEEDS, holm, paired_difference
 from moe_emergence.progress import progress_bar
@@ -27,7 +28,9 @@ DOMAIN_LABEL = "domain"
 TYPE_LABEL = "token type"
 NULL_ROUTERS = ("frozen", "hash")
 
-TypesOf = Callable[[RoutingRecord, int], npt.NDArray[np.int8] | None]
+Classes = Mapping[str, TokenClass]
+"""The domains of a run, in order, and how the tokens of each are told apart."""
+TypesOf = Callable[[RoutingRecord, int, Classes], npt.NDArray[np.int8] | None]
 """Token types (R, L) of a routing's blocks for a seed; None where they cannot be known."""
 
 
@@ -43,6 +46,7 @@ class Resampling:
 def routing_information(
     routing: RoutingRecord,
     types_RL: npt.NDArray[np.int8] | None,
+    classes: Classes,
     num_experts: int,
     resampling: Resampling,
 ) -> Iterator[dict[str, Any]]:
@@ -54,37 +58,38 @@ def routing_information(
     for layer, experts in zip(routing.layers.tolist(), routing.experts, strict=True):
         counts = info.expert_counts(experts, num_experts)
         test = info.domain_null(
-            counts, routing.domains, len(DOMAINS), resampling.permutations, resampling.seed
+            counts, routing.domains, len(classes), resampling.permutations, resampling.seed
         )
         present = np.unique(routing.domains)
         strata = [counts[routing.domains == domain] for domain in present]
         interval = info.bootstrap_interval(
             strata, info.mutual_information, resamples=resampling.bootstrap, seed=resampling.seed
         )
-        table = info.domain_table(counts, routing.domains, len(DOMAINS))
+        table = info.domain_table(counts, routing.domains, len(classes))
         yield {"layer": layer, "label": DOMAIN_LABEL, **_row(test, interval, table)}
         if types_RL is not None:
-            for row in _type_rows(routing, types_RL, experts, num_experts, resampling):
+            for row in _type_rows(routing, types_RL, classes, experts, num_experts, resampling):
                 yield {"layer": layer, **row}
 
 
 def _type_rows(
     routing: RoutingRecord,
     types_RL: npt.NDArray[np.int8],
+    classes: Classes,
     experts: npt.NDArray[np.int16],
     num_experts: int,
     resampling: Resampling,
 ) -> Iterator[dict[str, Any]]:
     tests, weights, blocks = [], [], []
-    for domain, name in enumerate(DOMAINS):
+    for domain, (name, token_class) in enumerate(classes.items()):
         here = routing.domains == domain
-        if not here.any():
+        if not here.any() or token_class == "none":
             continue
         chosen, types = experts[here], types_RL[here]
         test = info.token_type_null(
             chosen.reshape(-1, chosen.shape[-1]),
             types.ravel(),
-            len(TOKEN_TYPES[name]),
+            len(TOKEN_TYPES[token_class]),
             num_experts,
             resampling.permutations,
             resampling.seed + domain,
@@ -177,9 +182,10 @@ def specialisation(
                 if not path.exists():
                     problems.append(f"{variant} seed {seed}: no routing.npz")
             else:
-                types = types_of(routing, seed)
+                classes = token_classes_of(records.manifests[variant, seed])
+                types = types_of(routing, seed, classes)
                 blocks = {"blocks": len(routing.domains)}
-                found = routing_information(routing, types, num_experts, resampling)
+                found = routing_information(routing, types, classes, num_experts, resampling)
                 rows.extend({**run, **blocks, **row} for row in found)
             advance(1)
     return pd.DataFrame(rows), problems

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from moe_emergence.config import DOMAINS
 from moe_emergence.models.mode import evaluating
 from moe_emergence.training.step import forward
 
@@ -32,7 +31,7 @@ class ChurnProbe:
     """
 
     def __init__(self, blocks: Mapping[str, Tensor], layers: tuple[int, ...]) -> None:
-        self.rows = [blocks[domain][:ROWS] for domain in DOMAINS]
+        self.rows = [of_domain[:ROWS] for of_domain in blocks.values()]
         self.layers = layers
         self.step = 0
         self.experts_NT: Tensor | None = None
@@ -86,9 +85,7 @@ class ChurnProbe:
 def _first_experts(model: torch.nn.Module, rows: list[Tensor], device: torch.device) -> Tensor:
     """(N, T) int16, on the host."""
     found = []
-    for domain, blocks in enumerate(rows):
-        input_ids = blocks.long().to(device)
-        domain_ids = torch.full((len(input_ids),), domain, device=device)
-        decisions = forward(model, input_ids, domain_ids).decisions
+    for blocks in rows:
+        decisions = forward(model, blocks.long().to(device)).decisions
         found.append(torch.stack([d.topk_experts[:, 0] for d in decisions]))
     return torch.cat(found, dim=1).to("cpu", torch.int16)

@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from moe_emergence.config import DOMAINS
 from moe_emergence.data.loader import eval_batches
 from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import router_z_loss
@@ -27,7 +26,7 @@ class Evaluation:
     lb_loss: float | None
     z_loss: float | None
     domain_fractions: dict[int, list[list[float]]]
-    """Per mixture layer: (D, E) share of each domain's assignments, rows in `DOMAINS` order."""
+    """Per mixture layer: (D, E) share of each domain's assignments, rows as `domain_lm_loss`."""
 
     def metrics(self) -> dict[str, float]:
         """The evaluation as `metrics.jsonl` keys."""
@@ -54,7 +53,7 @@ def evaluate(
 
     Args:
         model: a `NextTokenLoss`, as it is or prepared by accelerate.
-        blocks: per domain in `DOMAINS`, int32.
+        blocks: int32, per domain.
         batch_size: B per process; it does not change which tokens are seen.
         max_blocks: rows per domain, 0 for all.
         moe_layers: indices of the mixture layers, in order; with `num_experts` E each.
@@ -66,14 +65,13 @@ def evaluate(
             _domain_sums(
                 accelerator,
                 model,
-                i,
-                blocks[domain][:limit],
+                of_domain[:limit],
                 batch_size,
                 len(moe_layers),
                 num_experts,
                 together,
             )
-            for i, domain in enumerate(DOMAINS)
+            for of_domain in blocks.values()
         ]
     sums_DX = torch.stack(per_domain)
     if accelerator.num_processes > 1:
@@ -81,7 +79,7 @@ def evaluate(
     loss_D, rows_D, z_D = sums_DX[:, :3].unbind(dim=1)
     lb_loss, z_loss, fractions_DNE = None, None, None
     if moe_layers:
-        shape = (len(DOMAINS), 2, len(moe_layers), num_experts)
+        shape = (len(blocks), 2, len(moe_layers), num_experts)
         counts_DNE, probs_DNE = sums_DX[:, 3:].reshape(shape).unbind(dim=1)
         fractions_DNE = counts_DNE / counts_DNE.sum(dim=-1, keepdim=True).clamp(min=1)
         # over all evaluation tokens at once, so that it does not depend on the batch size
@@ -89,7 +87,7 @@ def evaluate(
         z_loss = float(z_D.sum() / rows_D.sum())
     return Evaluation(
         lm_loss=float(loss_D.sum() / rows_D.sum()),
-        domain_lm_loss=dict(zip(DOMAINS, (loss_D / rows_D).tolist(), strict=True)),
+        domain_lm_loss=dict(zip(blocks, (loss_D / rows_D).tolist(), strict=True)),
         lb_loss=lb_loss,
         z_loss=z_loss,
         domain_fractions={}
@@ -108,7 +106,6 @@ def _balance(counts_NE: Tensor, probs_NE: Tensor) -> Tensor:
 def _domain_sums(
     accelerator: Accelerator,
     model: torch.nn.Module,
-    domain_id: int,
     blocks: Tensor,
     batch_size: int,
     num_layers: int,
@@ -126,8 +123,7 @@ def _domain_sums(
     done_here = 0
     for batch in eval_batches(blocks, batch_size, accelerator.process_index, processes):
         input_ids = batch.to(device)
-        domain_ids = torch.full((len(input_ids),), domain_id, device=device)
-        done = forward(model, input_ids, domain_ids)
+        done = forward(model, input_ids)
         losses[0] += done.row_losses_B.double().sum()
         losses[1] += len(input_ids)
         if done.decisions:
@@ -139,5 +135,5 @@ def _domain_sums(
     most = math.ceil(math.ceil(len(blocks) / processes) / batch_size)
     for _ in range(most - done_here if together else 0):
         # not counted: some other process has a row more
-        forward(model, blocks[:1].long().to(device), torch.zeros(1, device=device))
+        forward(model, blocks[:1].long().to(device))
     return torch.cat([losses, routing.flatten()])

@@ -91,9 +91,9 @@ class GraphedUpdate:
 
     def _write_inputs(self, batch: "StepBatch", noise: RouterNoise | None, rates: Rates) -> None:
         if self.batch is None:
-            self.batch = type(batch)(batch.input_ids.clone(), batch.domain_ids.clone())
+            self.batch = type(batch)(batch.input_ids.clone(), batch.domains.clone())
         self.batch.input_ids.copy_(batch.input_ids)
-        self.batch.domain_ids.copy_(batch.domain_ids)
+        self.batch.domains.copy_(batch.domains)
         for on_device, rate in zip(self.rates, rates, strict=True):
             on_device.fill_(rate)
         if noise is not None:

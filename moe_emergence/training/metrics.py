@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from moe_emergence.config import DOMAINS
 from moe_emergence.training.step import StepStatistics
 
 
@@ -23,7 +22,9 @@ class StepRecord:
     """None for a dense model."""
 
 
-def step_row(record: StepRecord, router_layers: Sequence[int] = ()) -> dict[str, Any]:
+def step_row(
+    record: StepRecord, domains: Sequence[str], router_layers: Sequence[int] = ()
+) -> dict[str, Any]:
     """The row of one step, with router metrics for the mixture layers in `router_layers`."""
     sums = record.sums
     row: dict[str, Any] = {
@@ -38,8 +39,8 @@ def step_row(record: StepRecord, router_layers: Sequence[int] = ()) -> dict[str,
         row["train/noise_std"] = record.noise_std
     if sums.routing_variance.numel():
         row["train/routing_variance"] = float(sums.routing_variance)
-    domains = zip(DOMAINS, sums.domain_loss_D.tolist(), sums.domain_rows_D.tolist(), strict=True)
-    row |= {f"train/lm_loss_{domain}": loss / rows for domain, loss, rows in domains if rows}
+    losses = zip(domains, sums.domain_loss_D.tolist(), sums.domain_rows_D.tolist(), strict=True)
+    row |= {f"train/lm_loss_{domain}": loss / rows for domain, loss, rows in losses if rows}
     if router_layers:
         row |= router_metrics(router_layers, sums.expert_counts_NE, sums.entropy_N)
     return row

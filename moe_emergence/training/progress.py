@@ -14,7 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from moe_emergence.config import DOMAINS
+from moe_emergence.run_folder import losses_by_domain
 
 
 class TrainingProgress:
@@ -54,7 +54,7 @@ class TrainingProgress:
 
     def evaluated(self, step: int, row: Mapping[str, float]) -> None:
         """Print an evaluation above the bar."""
-        domains = "  ".join(f"{d} {row[f'eval/lm_loss_{d}']:.3f}" for d in DOMAINS)
+        domains = "  ".join(f"{d} {loss:.3f}" for d, loss in losses_by_domain(row).items())
         self._progress.console.print(
             f"{self._name} step {step}: eval lm_loss {row['eval/lm_loss']:.3f} ({domains})",
             highlight=False,

@@ -1,6 +1,7 @@
 """Where a run's measurements go: `metrics.jsonl`, the tracker and the progress bar."""
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,7 @@ class Recorder:
     Args:
         config: of the run.
         run: its folder.
+        domains: of the training text, in the order of the loader's.
         is_main: whether this process writes.
         tokens_per_step: over all processes.
         first_step: steps done already; rows of later ones are dropped. -1 drops all.
@@ -30,12 +32,13 @@ class Recorder:
         config: RunConfig,
         run: RunFolder,
         *,
+        domains: Sequence[str],
         is_main: bool,
         tokens_per_step: int,
         first_step: int,
         train_seconds: float,
     ) -> None:
-        self.train_seconds = train_seconds
+        self.train_seconds, self._domains = train_seconds, domains
         self._run, self._is_main, self._tokens_per_step = run, is_main, tokens_per_step
         # what the collapse detector sees is on record
         self._router_every = config.monitor.log_router_every, config.monitor.collapse_every
@@ -83,6 +86,7 @@ class Recorder:
         rows = [
             step_row(
                 record,
+                self._domains,
                 self._moe_layers if any(record.step % n == 0 for n in self._router_every) else (),
             )
             for record in self._pending

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe_emergence.config import DOMAINS, OptimConfig
+from moe_emergence.config import OptimConfig
 from moe_emergence.moe import RouterDecision, RouterNoise, auxiliary_losses, routing_variance
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ class Pass:
 
     row_losses_B: Tensor
     """(B,) lm_loss of every sequence, nats per token."""
-    domain_ids_B: Tensor
     decisions: tuple[RouterDecision, ...]
 
 
@@ -55,15 +54,10 @@ class StepStatistics:
     """(N,) mean entropy of the clean probabilities, nats."""
 
 
-def forward(
-    model: torch.nn.Module,
-    input_ids_BL: Tensor,
-    domain_ids_B: Tensor,
-    noise: RouterNoise | None = None,
-) -> Pass:
+def forward(model: torch.nn.Module, input_ids_BL: Tensor, noise: RouterNoise | None = None) -> Pass:
     """Run one micro-batch through a `NextTokenLoss`, as it is or prepared by accelerate."""
     losses_BL, decisions = model(input_ids_BL, noise)
-    return Pass(losses_BL.mean(dim=1), domain_ids_B, decisions)
+    return Pass(losses_BL.mean(dim=1), decisions)
 
 
 def forward_backward(
@@ -96,7 +90,6 @@ def forward_backward(
             done = forward(
                 model,
                 batch.input_ids[first : first + at_once].flatten(0, 1),
-                batch.domain_ids[first : first + at_once].flatten(),
                 _noise_from(noise, accelerator, first, batch.input_ids[0].numel()),
             )
             loss = done.row_losses_B.mean()
@@ -113,7 +106,7 @@ def forward_backward(
                 z_losses.append(z_loss.detach())
             accelerator.backward(loss * (at_once / num_micro))
         passes.append(done)
-    return _sum_up(accelerator, passes, lb_losses, z_losses, variances)
+    return _sum_up(accelerator, batch, passes, lb_losses, z_losses, variances)
 
 
 def _noise_from(
@@ -154,6 +147,7 @@ def _counts(passes: Sequence[Pass]) -> Tensor:
 
 def _sum_up(
     accelerator: "Accelerator",
+    batch: "StepBatch",
     passes: Sequence[Pass],
     lb_losses: Sequence[Tensor],
     z_losses: Sequence[Tensor],
@@ -161,9 +155,7 @@ def _sum_up(
 ) -> StepStatistics:
     zero = torch.zeros((), device=accelerator.device, dtype=torch.float64)
     rows = torch.cat([p.row_losses_B.detach() for p in passes]).double()
-    # `one_hot` asks a CPU's tensor for its largest value, which no recorded step may
-    ids = torch.cat([p.domain_ids_B for p in passes]).unsqueeze(1)
-    domains = (ids == torch.arange(len(DOMAINS), device=ids.device)).double()
+    domains = batch.domains.flatten(0, 1)
     counts_NE, entropy_N = zero.new_zeros(0, 0), zero.new_zeros(0)
     if passes[0].decisions:
         counts_NE = _counts(passes).double()

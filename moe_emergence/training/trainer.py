@@ -131,6 +131,7 @@ class Trainer:
         self.recorder = Recorder(
             self.config,
             self.run,
+            domains=list(self.data.train_blocks),
             is_main=self.accelerator.is_main_process,
             tokens_per_step=self.tokens_per_step,
             first_step=self.step if self.resumed else -1,
@@ -192,7 +193,7 @@ class Trainer:
         if config.model.moe_layers:
             noise = RouterNoise(noise_std(self.step, optim), config.seed, self.step)
         device = self.accelerator.device
-        batch = StepBatch(batch.input_ids.to(device), batch.domain_ids.to(device))
+        batch = StepBatch(batch.input_ids.to(device), batch.domains.to(device))
         sums, grad_norm = self.update(batch, noise, Rates.at(self.step, optim))
         std = None if noise is None else noise_std(self.step, optim)
         rate = learning_rate(self.step, optim)
@@ -232,7 +233,8 @@ class Trainer:
         )
         self.recorder.evaluated(self.step, evaluation.metrics() | churn)
         if evaluation.domain_fractions and self.accelerator.is_main_process:
-            write_domain_fractions(self.run.expert_domain, evaluation.domain_fractions)
+            domains = list(evaluation.domain_lm_loss)
+            write_domain_fractions(self.run.expert_domain, domains, evaluation.domain_fractions)
         if evaluation.lm_loss < self.best:
             self.best = evaluation.lm_loss
             self._save_model(self.run.best_model)
