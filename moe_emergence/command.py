@@ -1,25 +1,18 @@
-"""What every `python -m moe_emergence.…` shares: parsing, logging and errors in one line."""
+"""What every `python -m moe_emergence.…` shares: parsing, the version and errors in one line."""
 
 import contextlib
 import io
-import logging
-import os
 import re
-import warnings
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import transformers
 import tyro
-from rich.console import Console
-from rich.logging import RichHandler
 
-from moe_emergence.dependencies import untested_here
+from moe_emergence import __version__
 from moe_emergence.errors import exit_code
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
 
 
 def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
@@ -57,19 +50,8 @@ def _first_message(box: str, prog: str) -> str:
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """Set up logging, call `main(argv)` and return the exit code, see `errors.exit_code`."""
-    logging.basicConfig(
-        level=logging.WARNING,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_path=False, show_time=False)],
-    )
-    # by `python -m` the entry point's own logger has the second name
-    for ours in ("moe_emergence", "__main__"):
-        logging.getLogger(ours).setLevel(logging.INFO)
-    # a run has its own progress bar; those of every saved and loaded file would bury it
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated", category=UserWarning)
-    if os.environ.get("RANK", "0") == "0":
-        for dependency in untested_here():
-            logger.warning("%s", dependency)
+    """The exit code of `main(argv)`, see `errors.exit_code`; with --version that is all it says."""
+    if "--version" in argv:
+        sys.stdout.write(f"moe-emergence {__version__}\n")
+        return 0
     return exit_code(main, argv)

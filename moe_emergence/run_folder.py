@@ -58,6 +58,16 @@ class RunFolder:
         return self.root / "expert_domain.csv"
 
     @property
+    def routing(self) -> Path:
+        """Where the final model sends the evaluation blocks, see `analysis.routing_record`."""
+        return self.root / "routing.npz"
+
+    @property
+    def modules(self) -> Path:
+        """The test of the final model's modules, see `analysis.modules`."""
+        return self.root / "modules.csv"
+
+    @property
     def summary(self) -> Path:
         """How the run ended."""
         return self.root / "run_summary.json"

@@ -31,7 +31,7 @@ def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = warm_processes("moe_emergence.train", "datasets")
+    context = warm_processes("moe_emergence.train.work", "datasets")
     all_of_them = [
         context.Process(target=_one, args=(rank, count, port, function, arguments))
         for rank in range(count)

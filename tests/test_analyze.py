@@ -18,15 +18,11 @@ from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
+from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.analysis.sources import TextChoice, load_model, open_source, read_text
 from moe_emergence.analysis.tidy import write_tables
-from moe_emergence.analyze import (
-    AnalyzeConfig,
-    analyze,
-    main,
-    output_folder,
-    source_names,
-)
+from moe_emergence.analyze import main
+from moe_emergence.analyze.work import analyze, output_folder, source_names
 from moe_emergence.config import SHIPPED, RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.errors import RunError

@@ -136,7 +136,9 @@ def test_an_error_of_our_own_keeps_its_traceback(main) -> None:
 
 
 def test_the_certificate_needs_no_packaging(command: Command) -> None:
-    done = command("-c", "import sys; sys.modules['packaging'] = None; import moe_emergence.verify")
+    done = command(
+        "-c", "import sys; sys.modules['packaging'] = None; import moe_emergence.verify.work"
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -150,7 +152,7 @@ def test_train_warns_once_and_goes_on(
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: tyro\nVersion: 1.999.0\n")
     script = (
         f"import sys; sys.path.insert(0, {str(folder.parent)!r}); "
-        "from moe_emergence.command import run; sys.exit(run(lambda _: print('went on') or 0, []))"
+        "from moe_emergence.begin import begin; begin(); print('went on')"
     )
     done = command("-c", script, env={**command_environment(), "RANK": rank})
     assert done.returncode == 0

@@ -25,6 +25,7 @@ from moe_emergence.certificate import (
 from moe_emergence.cli import dispatch_verb
 from moe_emergence.command import run
 from moe_emergence.moe import Experts, get_dispatcher
+from moe_emergence.verify import work
 
 pytestmark = pytest.mark.slow
 
@@ -357,7 +358,7 @@ def test_what_was_found_before_an_interruption_is_kept(tmp_path, monkeypatch) ->
         return compare(*arguments)
 
     monkeypatch.setattr(module, "_compare_alone", interrupted)
-    monkeypatch.setattr(verify._Writer, "_EVERY", 0.0)
+    monkeypatch.setattr(work._Writer, "_EVERY", 0.0)
     written = tmp_path / "certificate.json"
     with pytest.raises(KeyboardInterrupt):
         verify.main(["--dtype", "fp64", "--device", "cpu", "--cases", "0", "--json", str(written)])
@@ -378,7 +379,7 @@ def test_several_processes_find_the_same_in_the_same_order() -> None:
 
 
 def test_a_failure_is_exit_code_1_and_named(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("moe_emergence.verify.get_dispatcher", lambda name: dropped_tail)
+    monkeypatch.setattr("moe_emergence.verify.work.get_dispatcher", lambda name: dropped_tail)
     flags = ["--dtype", "fp64", "--device", "cpu", "--cases", "0", "--activation", "swiglu"]
     assert run(dispatch_verb, ["verify", *flags]) == 1
     out = capsys.readouterr().out

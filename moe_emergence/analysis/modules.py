@@ -29,7 +29,6 @@ from moe_emergence.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
-MODULES_FILE = "modules.csv"
 RANDOM_SETS = 100
 SHARE = 0.25
 """Of a layer's experts that make a module."""

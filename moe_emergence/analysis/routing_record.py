@@ -18,7 +18,6 @@ from moe_emergence.models.mode import evaluating
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import disk_error
 
-ROUTING_FILE = "routing.npz"
 _KEYS = ("token_ids", "domains", "layers", "experts", "probs_top")
 
 

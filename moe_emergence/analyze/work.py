@@ -1,9 +1,8 @@
-"""`python -m moe_emergence.analyze`: see how a mixture routes, in tables, figures and one page."""
+"""From sources and settings to the folder of an analysis: tables, figures and one page."""
 
 import logging
 import platform
 import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,16 @@ from moe_emergence.analysis.streaming import count_routing, is_byte_level
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analysis.training_curves import training_tables
 from moe_emergence.analysis.vocabulary import vocabulary_tables
-from moe_emergence.command import parse, run
+from moe_emergence.begin import begin
 from moe_emergence.config import TokenClass
 from moe_emergence.config.data import ALL
 from moe_emergence.data.samples import poor_share, samples, unlike
+from moe_emergence.device import find_device
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import check
 from moe_emergence.training.checkpoint import save_model_folder
-
-PROG = "python -m moe_emergence.analyze"
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +62,11 @@ logger = logging.getLogger(__name__)
 Tables = dict[str, pd.DataFrame]
 
 
-def main(argv: list[str]) -> int:
-    """Analyse as the flags say; print where the report is."""
-    config = parse(AnalyzeConfig, argv, PROG)
+def report(config: AnalyzeConfig, command: str) -> int:
+    """Analyse and draw, as `command` asked; say where the report is."""
+    begin()
     folder = output_folder(config)
-    analyze(config, folder, f"{PROG} {' '.join(argv)}")
+    analyze(config, folder, command)
     write_figures(folder)
     if config.gallery:
         write_gallery(folder, Path(config.gallery))
@@ -87,9 +85,7 @@ def output_folder(config: AnalyzeConfig) -> Path:
 
 def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     """Write tables, figures, `explorer.json`, `analysis.json` and the report into `folder`."""
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(find_device(config.device))
     tables: dict[str, list[pd.DataFrame]] = {}
     about: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
@@ -277,7 +273,9 @@ def made_by(source: Source) -> str | None:
     program, *flags = read_json(source.run.environment).get("command") or [""]
     if not program:
         return None
-    return f"python -m moe_emergence.{Path(program).stem} {shlex.join(flags)}".strip()
+    name = Path(program).stem.replace("-", "_")
+    module = name if name == "moe_emergence" else f"moe_emergence.{name}"
+    return f"python -m {module} {shlex.join(flags)}".strip()
 
 
 def source_names(sources: tuple[str, ...]) -> list[str]:
@@ -293,7 +291,3 @@ def source_names(sources: tuple[str, ...]) -> list[str]:
 def run_first(table: pd.DataFrame) -> pd.DataFrame:
     """The table with its column `run` in front."""
     return table[["run", *(column for column in table.columns if column != "run")]]
-
-
-if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))

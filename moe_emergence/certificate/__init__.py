@@ -2,7 +2,6 @@
 
 from moe_emergence.certificate.arithmetic import (
     Arithmetic,
-    DtypeName,
     available_dtypes,
     get_arithmetic,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "Arithmetic",
     "Case",
     "Certificate",
-    "DtypeName",
     "Family",
     "Property",
     "Row",

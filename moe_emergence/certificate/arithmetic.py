@@ -3,11 +3,11 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-DtypeName = Literal["fp64", "fp32", "tf32", "bf16", "fp16", "autocast-bf16"]
+from moe_emergence.names import DtypeName
 
 
 @dataclass(frozen=True)

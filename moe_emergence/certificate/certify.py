@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 
 from emergence_kernels.processes import warm_processes
-from moe_emergence.certificate.arithmetic import Arithmetic, DtypeName, get_arithmetic
+from moe_emergence.certificate.arithmetic import Arithmetic, get_arithmetic
 from moe_emergence.certificate.cases import Case
 from moe_emergence.certificate.judge import ENOUGH, Draw, Verdict, judge
 from moe_emergence.certificate.problem import Results, draw_problem, run_exact, run_layer
 from moe_emergence.certificate.properties import Property
 from moe_emergence.moe import Dispatcher, get_dispatcher
+from moe_emergence.names import DtypeName
 
 Status = Literal["passed", "failed", "refused", "not promised"]
 

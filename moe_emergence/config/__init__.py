@@ -12,7 +12,7 @@ from moe_emergence.config.data import SHIPPED, DataConfig, TokenClass
 from moe_emergence.config.model import ModelConfig, check_layers_exist
 from moe_emergence.config.monitor import MonitorConfig
 from moe_emergence.config.optim import OptimConfig
-from moe_emergence.moe.dispatch import DispatchName
+from moe_emergence.names import DispatchName
 from moe_emergence.settings import check
 
 __all__ = [

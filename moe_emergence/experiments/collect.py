@@ -6,7 +6,6 @@ from typing import Any
 
 import pandas as pd
 
-from moe_emergence.analysis.modules import MODULES_FILE
 from moe_emergence.config.data import ALL
 from moe_emergence.experiments.description import BASE, SuiteFolder
 from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
@@ -103,8 +102,8 @@ def collect(suite: SuiteFolder) -> Records:
                 metrics = read_metrics(run.metrics) if run.metrics.exists() else []
                 for measured in metrics:
                     _sort_row(key, measured, losses, fractions, entropies, churn)
-                if (run.root / MODULES_FILE).exists():
-                    table = pd.read_csv(run.root / MODULES_FILE)
+                if run.modules.exists():
+                    table = pd.read_csv(run.modules)
                     modules.append(table.assign(variant=variant, seed=seed))
             except (ValueError, KeyError, OSError) as error:
                 row |= {"status": "unreadable", "problem": str(error)}

@@ -9,11 +9,8 @@ import pandas as pd
 from moe_emergence.config.data import ALL
 from moe_emergence.data.manifest import differences
 from moe_emergence.experiments.collect import ENDED, Records, final_losses
-from moe_emergence.experiments.description import Comparison
+from moe_emergence.experiments.description import MARGIN, Comparison
 from moe_emergence.experiments.paired import holm, paired_difference, verdict
-
-MARGIN = 0.01
-"""Nats per token below which a loss difference is taken to be none: 1% in perplexity."""
 
 _NOT_COMPARED = frozenset(
     {"preset", "run_name", "output_dir", "resume", "stop_after", "device", "dispatch", "autotune",

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_emergence.analysis.routing_record import ROUTING_FILE
 from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.settings import check
+
+MARGIN = 0.01
+"""Nats per token below which a loss difference is taken to be none: 1% in perplexity."""
 
 Matching = Literal["steps", "flops"]
 BASE = "base"
@@ -67,7 +69,7 @@ class SuiteFolder:
 
     def routing(self, variant: str, seed: int) -> Path:
         """The final model's routing of the evaluation blocks."""
-        return self.run(variant, seed).root / ROUTING_FILE
+        return self.run(variant, seed).routing
 
 
 def read_suite(root: Path) -> SuiteFolder:

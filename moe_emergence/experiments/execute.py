@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from moe_emergence.analysis.modules import MODULES_FILE
-from moe_emergence.analysis.routing_record import ROUTING_FILE
 from moe_emergence.config import RunConfig
 from moe_emergence.errors import INTERRUPTED
 from moe_emergence.experiments.description import BASE
@@ -78,9 +76,9 @@ def is_complete(planned: PlannedRun) -> bool:
         return False
     if planned.variant == BASE:
         return run.final_model.is_dir()
-    wanted = [ROUTING_FILE] if planned.config.model.moe_layers else []
-    wanted += [MODULES_FILE] if planned.test_modules else []
-    return all((run.root / name).exists() for name in wanted)
+    wanted = [run.routing] if planned.config.model.moe_layers else []
+    wanted += [run.modules] if planned.test_modules else []
+    return all(path.exists() for path in wanted)
 
 
 def execute(runs: Sequence[PlannedRun], execution: Execution) -> list[RunState]:

@@ -18,8 +18,8 @@ from moe_emergence.experiments import figures, sections
 from moe_emergence.experiments.caveats import caveats
 from moe_emergence.experiments.collapse_study import CollapseStudy, loads, study_collapse
 from moe_emergence.experiments.collect import Records, collect, final_losses
-from moe_emergence.experiments.comparisons import MARGIN, compare
-from moe_emergence.experiments.description import BASE, SuiteFolder, read_suite
+from moe_emergence.experiments.comparisons import compare
+from moe_emergence.experiments.description import BASE, MARGIN, SuiteFolder, read_suite
 from moe_emergence.experiments.lengths import lengths, lengths_section
 from moe_emergence.experiments.modules import churn_section, modules_section
 from moe_emergence.experiments.specialisation import (

@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 
 from moe_emergence.analysis.documents import spread
-from moe_emergence.analysis.modules import MODULES_FILE, halves, module_tables, name_on
-from moe_emergence.analysis.routing_record import ROUTING_FILE, record_routing, save_routing
+from moe_emergence.analysis.modules import halves, module_tables, name_on
+from moe_emergence.analysis.routing_record import record_routing, save_routing
+from moe_emergence.begin import begin
 from moe_emergence.command import run
 from moe_emergence.config import RunConfig
 from moe_emergence.data import prepare_data
+from moe_emergence.device import find_device
 from moe_emergence.errors import INTERRUPTED
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.loading import load_trained_model
@@ -36,6 +38,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test-modules", action="store_true", help="by ablation, at the end")
     parser.add_argument("--keep", choices=KEEP, default="none", help="of checkpoints and models")
     options = parser.parse_args(argv)
+    begin()
     if options.threads:
         torch.set_num_threads(options.threads)
     config = from_dict(RunConfig, read_json(options.config))
@@ -43,9 +46,9 @@ def main(argv: list[str]) -> int:
     if result.stopped_by_signal or result.status == "interrupted":
         return INTERRUPTED
     folder = RunFolder(Path(config.output_dir) / config.run_name)
-    if config.model.moe_layers and not (folder.root / ROUTING_FILE).exists():
+    if config.model.moe_layers and not folder.routing.exists():
         record_final_routing(config, folder)
-    if options.test_modules and not (folder.root / MODULES_FILE).exists():
+    if options.test_modules and not folder.modules.exists():
         test_final_modules(config, folder)
     delete_models(folder, options.keep)
     return 0
@@ -57,7 +60,7 @@ def record_final_routing(config: RunConfig, folder: RunFolder) -> None:
     record = record_routing(
         final_mixture(config, folder), blocks, max_blocks=config.monitor.eval_blocks
     )
-    save_routing(record, folder.root / ROUTING_FILE)
+    save_routing(record, folder.routing)
 
 
 def test_final_modules(config: RunConfig, folder: RunFolder) -> None:
@@ -73,7 +76,7 @@ def test_final_modules(config: RunConfig, folder: RunFolder) -> None:
         model, naming, {"second half": second}, eos_id=data.tokenizer.eos_token_id,
         most=TESTED_ON, seed=config.seed,
     )  # fmt: skip
-    write_text(folder.root / MODULES_FILE, tables["modules"].to_csv(index=False))
+    write_text(folder.modules, tables["modules"].to_csv(index=False))
 
 
 def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:
@@ -81,8 +84,7 @@ def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:
     model = load_trained_model(folder.final_model)
     if not isinstance(model, MixtureModel):
         raise ValueError(f"{folder.final_model}: holds no mixture of experts")
-    if config.device != "cpu" and torch.cuda.is_available():
-        torch.nn.Module.to(model, "cuda")
+    torch.nn.Module.to(model, find_device(config.device))
     return model
 
 

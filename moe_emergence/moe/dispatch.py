@@ -4,7 +4,7 @@ Letters: T tokens, H model width.
 """
 
 from collections.abc import Callable
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 from torch import Tensor
 
@@ -14,8 +14,7 @@ from moe_emergence.moe.grouped import GroupedDispatcher
 from moe_emergence.moe.megablocks import MegaBlocksDispatcher
 from moe_emergence.moe.sequential import SequentialDispatcher
 from moe_emergence.moe.tuning import TuningTable
-
-DispatchName = Literal["auto", "sequential", "grouped", "fused", "megablocks"]
+from moe_emergence.names import DispatchName
 
 
 class Dispatcher(Protocol):

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from moe_emergence.config import RunConfig
+from moe_emergence.device import find_device
 from moe_emergence.training.sharding import ShardedAccelerator
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "torchdata", "triton")
@@ -23,9 +24,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     Raises:
         ValueError: for a device that is not there.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    on_cpu = find_device(config.device).type == "cpu"
     precision = config.optim.precision
     if precision == "auto":
         precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
@@ -58,8 +57,14 @@ def describe_environment(accelerator: Accelerator) -> dict[str, Any]:
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
         "commit": _commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_program(), *sys.argv[1:]],
     }
+
+
+def _program() -> str:
+    """The name of the script, or that of the package whose `__main__` it is."""
+    path = Path(sys.argv[0])
+    return f"{path.parent.name}.py" if path.name == "__main__.py" else path.name
 
 
 def _version(package: str) -> str | None:

@@ -16,7 +16,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.cuda_graph import CudaCapture, NotCapturableError
 from moe_emergence.errors import RunError
 from moe_emergence.moe import RouterNoise
-from moe_emergence.moe.dispatch import DispatchName
+from moe_emergence.names import DispatchName
 from moe_emergence.training.schedules import Rates
 from moe_emergence.training.step import StepStatistics
 from moe_emergence.training.update import Outcome, Update

@@ -1,0 +1,19 @@
+"""The device that `--device` names."""
+
+import torch
+
+from moe_emergence.settings import check
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; auto is cuda where there is one.
+
+    Raises:
+        ValueError: for a device that is not there.
+    """
+    found = torch.cuda.is_available()
+    wants_cuda = name.startswith("cuda")
+    check(found or not wants_cuda, "--device", name, "this PyTorch sees no CUDA device; give cpu")
+    if name == "auto":
+        return torch.device("cuda" if found else "cpu")
+    return torch.device(name)

@@ -1,0 +1,8 @@
+"""`python -m moe_emergence.verify`."""
+
+import sys
+
+from moe_emergence.command import run
+from moe_emergence.verify import main
+
+sys.exit(run(main, sys.argv[1:]))
