@@ -190,6 +190,8 @@ def test_configurations_refuse_what_no_source_has() -> None:
         (["The court of the state is bound by the law, and it was held that it is."] * 3, "words"),
         (["Tom has 3 + 4 = 7 apples of 12, so 12 - 7 = 5 are left for 5 / 1."] * 3, "math"),
         (["Das Gericht hat entschieden, dass die Klage nicht begründet ist."] * 3, "none"),
+        (["import os\n\n\ndef f(x):\n    y = x\n    return (y +"] * 3, "python"),
+        (["#ifndef A\n#define A 3\n#include <b.h>\n#endif\n"] * 3, "none"),
         (["int main(void) {\n  int x = 3;\n  return x + 4;\n}\n"] * 3, "none"),
         (["这是一段中文文本。"], "none"),
         ([], "none"),

@@ -15,8 +15,8 @@ from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, rea
 
 _TITLES = {
     "base": "dense base",
-    "moe": "mixture of experts",
-    "dense": "dense, trained on",
+    "moe": "mixture",
+    "dense": "dense",
     "null": "random router",
 }
 
@@ -32,23 +32,28 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
 
     A difference is shown only where both were evaluated at the same step.
     """
-    rows = {role: last_evaluation(run) for role, run in runs.items()}
-    domains = list(dict.fromkeys(d for row in rows.values() for d in losses_by_domain(row or {})))
-    table = Table(title="Evaluation lm_loss, nats per token (auxiliary losses not included)")
-    table.add_column("model")
-    for column in ("step", *domains, ALL, "tokens/s"):
-        table.add_column(column, justify="right")
-    keys = [*(f"eval/lm_loss_{domain}" for domain in domains), "eval/lm_loss"]
-    for role, row in rows.items():
-        if row is not None:
-            losses = [f"{row[key]:.4f}" for key in keys]
-            table.add_row(_TITLES[role], str(row["step"]), *losses, _speed(runs[role]))
-    table.add_section()
+    rows = {role: row for role, run in runs.items() if (row := last_evaluation(run)) is not None}
+    domains = list(dict.fromkeys(d for row in rows.values() for d in losses_by_domain(row)))
+    keys = {domain: f"eval/lm_loss_{domain}" for domain in domains} | {ALL: "eval/lm_loss"}
+    columns = {
+        _TITLES[role]: [
+            str(row["step"]),
+            *(f"{row[k]:.4f}" for k in keys.values()),
+            _speed(runs[role]),
+        ]
+        for role, row in rows.items()
+    }
     for role, title in (("dense", "mixture - dense"), ("null", "mixture - random")):
         moe, other = rows.get("moe"), rows.get(role)
         if moe is not None and other is not None and moe["step"] == other["step"]:
-            gaps = [f"{moe[key] - other[key]:+.4f}" for key in keys]
-            table.add_row(title, str(moe["step"]), *gaps, "")
+            gaps = [f"{moe[key] - other[key]:+.4f}" for key in keys.values()]
+            columns[title] = [str(moe["step"]), *gaps, ""]
+    table = Table(title="Evaluation lm_loss, nats per token (auxiliary losses not included)")
+    table.add_column("")
+    for title in columns:
+        table.add_column(title, justify="right")
+    for name, *cells in zip(("step", *keys, "tokens/s"), *columns.values(), strict=True):
+        table.add_row(name, *cells)
     return table
 
 

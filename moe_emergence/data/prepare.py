@@ -104,7 +104,8 @@ def classify(sources: Mapping[str, DomainTexts], said: tuple[str, ...]) -> dict[
     for domain, source in sources.items():
         if domain not in classes:
             classes[domain] = guess_token_class(source.texts)
-            logger.info("%s: tokens read as %s (--token-types)", domain, classes[domain])
+    found = " ".join(f"{domain}={classes[domain]}" for domain in sources)
+    logger.info("types of tokens are told as in --token-types %s", found)
     return classes
 
 

@@ -17,9 +17,11 @@ LEAST_COMMON = 0.1
 """Share of its words that English has of the most common ones; other languages have fewer."""
 LEAST_NUMBERS = 0.2
 """Share of numbers and operators, of these and words, from which text is mathematics."""
-_STATEMENT = re.compile(r"[;{}]\s*$", re.MULTILINE)
+_STATEMENT = re.compile(
+    r"(?:[;{}]|\*/)[ \t]*$|^[ \t]*#[ \t]*(?:include|define|if|else|endif|undef)", re.MULTILINE
+)
 MOST_STATEMENTS = 0.2
-"""Share of lines that end as in C or JavaScript from which text is a program."""
+"""Share of lines as in C or JavaScript from which text is a program."""
 
 
 def guess_token_class(documents: Sequence[str]) -> TokenClass:
@@ -29,7 +31,9 @@ def guess_token_class(documents: Sequence[str]) -> TokenClass:
         return "none"
     step = -(-len(documents) // DOCUMENTS)
     seen = documents[::step]
-    if 2 * sum(map(_is_python, seen)) > len(seen):
+    if 2 * sum(
+        _is_python(document) or _is_python(_without_last(document)) for document in seen
+    ) > len(seen):
         return "python"
     text = "\n".join(document[:CHARACTERS] for document in seen)
     if len(_STATEMENT.findall(text)) > MOST_STATEMENTS * len(text.splitlines()):
@@ -39,6 +43,14 @@ def guess_token_class(documents: Sequence[str]) -> TokenClass:
     if numbers >= LEAST_NUMBERS * max(1, numbers + len(words)):
         return "math"
     return "words" if sum(w in COMMON for w in words) >= LEAST_COMMON * len(words) > 0 else "none"
+
+
+def _without_last(text: str) -> str:
+    """A text up to its last line that is not indented: a program may be cut within a statement."""
+    lines = text.splitlines(keepends=True)
+    while lines and not lines.pop()[:1].strip():
+        pass
+    return "".join(lines)
 
 
 def _is_python(text: str) -> bool:
