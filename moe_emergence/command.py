@@ -11,30 +11,50 @@ import tyro
 
 from moe_emergence import __version__
 from moe_emergence.errors import exit_code
+from moe_emergence.flags import spelled_out
+from moe_emergence.settings import SettingError
+from moe_emergence.words import READERS
 
 T = TypeVar("T")
 
+MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+"""Flags of nested groups have no prefixes, and switches take yes or no."""
+
 
 def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None) -> T:
-    """Fill the dataclass `cls` from flags (nested fields without prefixes).
+    """Fill the dataclass `cls` from flags, written as `words` says.
 
     Raises:
         ValueError: for flags that cannot be used, in one line.
     """
     hidden = io.StringIO()
-    flat: Any = tyro.conf.OmitArgPrefixes[cls]  # type: ignore[valid-type,misc]
     start: dict[str, Any] = {} if default is None else {"default": default}
     try:
+        args = spelled_out(cls, argv)
         with contextlib.redirect_stderr(hidden):
-            result: T = tyro.cli(flat, args=list(argv), prog=prog, **start)
+            found: T = tyro.cli(
+                cls, args=args, prog=prog, config=MARKERS, registry=READERS, **start
+            )
     except SystemExit as stop:
         if stop.code:
-            raise ValueError(_first_message(hidden.getvalue(), prog)) from None
+            message = _refused(stop) or _first_message(hidden.getvalue())
+            raise ValueError(f"{message} (see {prog} --help)") from None
         raise
-    return result
+    except ValueError as error:
+        raise ValueError(f"{error} (see {prog} --help)") from None
+    return found
 
 
-def _first_message(box: str, prog: str) -> str:
+def _refused(stop: BaseException) -> str | None:
+    """What the configuration itself said, whole: tyro breaks long words in its box."""
+    while stop.__context__ is not None:
+        stop = stop.__context__
+        if isinstance(stop, SettingError):
+            return str(stop)
+    return None
+
+
+def _first_message(box: str) -> str:
     """The message inside the box tyro draws around an error, as one line."""
     lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
     message = []
@@ -44,9 +64,9 @@ def _first_message(box: str, prog: str) -> str:
         message.append(line)
     if message and message[0].startswith("Missing from"):
         flags = re.findall(r"(?m)^(--[\w-]+)", "\n".join(message))
-        return f"{', '.join(flags)}: required and not given (see {prog} --help)"
-    text = re.sub(r"^Error parsing (?!--)\w*:? ?", "", " ".join(message))
-    return f"{text} (see {prog} --help)"
+        return f"{', '.join(flags)}: required and not given"
+    text = re.sub(r"^Error parsing \w*:? ?", "", " ".join(message))
+    return re.sub(r"^(--\S+):", r"\1", text)
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> int:

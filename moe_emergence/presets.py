@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from moe_emergence.config import DataConfig, ModelConfig, MonitorConfig, OptimConfig, RunConfig
+from moe_emergence.settings import check_known
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,5 @@ PRESETS: dict[str, Preset] = {
 
 def get_preset(name: str) -> RunConfig:
     """The configuration of the preset called `name`; `ValueError` for an unknown one."""
-    if name not in PRESETS:
-        raise ValueError(f"--preset {name}: choose from {', '.join(PRESETS)}")
+    check_known("--preset", name, PRESETS)
     return PRESETS[name].make()

@@ -1,8 +1,10 @@
 """What all configuration dataclasses share: how they refuse values, and their JSON form."""
 
 import dataclasses
+import difflib
 import logging
 import typing
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -10,10 +12,26 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+class SettingError(ValueError):
+    """A setting that cannot be used; the message is for who gave it."""
+
+
 def check(condition: bool, flag: str, given: object, change: str) -> None:
-    """Raise the `ValueError` every bad setting raises: the flag, what was given, what to change."""
+    """Raise the error every bad setting raises: the flag, what was given, what to change."""
     if not condition:
-        raise ValueError(f"{flag} {given}: {change}")
+        raise SettingError(f"{flag} {given}: {change}")
+
+
+def check_known(flag: str, given: str, known: Collection[str]) -> None:
+    """Refuse a name that is none of those known."""
+    change = f"choose from {', '.join(known)}{did_you_mean(given, known)}"
+    check(given in known, flag, given, change)
+
+
+def did_you_mean(given: str, known: Collection[str]) -> str:
+    """A question for the known name that is nearest, if any, to end a message with."""
+    near = difflib.get_close_matches(given, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_emergence.run_folder import RunFolder, read_json
-from moe_emergence.settings import check
+from moe_emergence.settings import check_known
 
 MARGIN = 0.01
 """Nats per token below which a loss difference is taken to be none: 1% in perplexity."""
@@ -55,7 +55,7 @@ class SuiteFolder:
         """These variants and the comparisons among them; `ValueError` for one it lacks."""
         known = [variant.name for variant in self.variants]
         for name in names:
-            check(name in known, "--only", name, f"choose from {', '.join(known)}")
+            check_known("--only", name, known)
         kept = {*names, BASE}
         return replace(
             self,

@@ -1,6 +1,5 @@
 """From a suite to its runs: one configuration for every variant and seed, dense bases first."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.flops import steps_for, training_flops
 from moe_emergence.experiments.suite_file import Suite
-from moe_emergence.presets import get_preset
+from moe_emergence.experiments.variants import read_base, read_variants
 from moe_emergence.run_folder import RunFolder
 from moe_emergence.settings import to_dict
 
@@ -53,23 +52,20 @@ def plan_runs(
         ValueError: for a field that does not exist or a configuration that makes no sense.
     """
     configs = variant_configs(suite, overrides or {})
+    base = read_base(suite, overrides or {})
     runs = []
     for seed in suite.seeds:
-        if suite.base is not None:
-            start = with_changes(get_preset(suite.preset), suite.changes, suite.name)
-            whole = {"model.moe_layers": (), "model.frozen_layers": 0}
-            start = with_changes(start, whole, suite.name)
-            base = with_changes(start, {**suite.base, **(overrides or {})}, suite.name)
+        if base is not None:
             placed = _one_split(_placed(base, root, BASE, seed), seed)
             runs.append(PlannedRun(BASE, seed, placed, False))
         for name, config in configs.items():
             placed = _placed(config, root, name, seed)
-            if suite.base is not None:
+            if base is not None:
                 model = replace(placed.model, base=str(runs_base(root, seed).final_model))
                 optim = replace(placed.optim, pretrain_steps=0)
                 placed = _one_split(replace(placed, model=model, optim=optim), seed)
             tested = name in suite.test_modules
-            runs.append(PlannedRun(name, seed, placed, suite.base is not None, tested))
+            runs.append(PlannedRun(name, seed, placed, base is not None, tested))
     return runs
 
 
@@ -79,43 +75,8 @@ def runs_base(root: Path, seed: int) -> RunFolder:
 
 
 def variant_configs(suite: Suite, overrides: Mapping[str, Any]) -> dict[str, RunConfig]:
-    """The configuration of every variant, before seeds and places."""
-    found: dict[str, RunConfig] = {}
-    for variant in suite.variants:
-        where = f"{suite.name}: {variant.name}"
-        if variant.like is not None:
-            config = found[variant.like]
-        else:
-            config = get_preset(variant.preset or suite.preset)
-            config = with_changes(config, suite.changes, where)
-        config = with_changes(config, {**variant.changes, **overrides}, where)
-        if variant.flops_of is not None:
-            steps = steps_for(training_flops(found[variant.flops_of]), config)
-            config = with_changes(config, {"optim.max_steps": steps}, where)
-        found[variant.name] = config
-    return found
-
-
-def with_changes(config: RunConfig, changes: Mapping[str, Any], where: str) -> RunConfig:
-    """`config` with dotted fields replaced.
-
-    Raises:
-        ValueError: for a field that does not exist, naming `where` it was asked for.
-    """
-    groups: dict[str, dict[str, Any]] = {}
-    for dotted, value in changes.items():
-        group, _, name = dotted.rpartition(".")
-        owner = getattr(config, group, None) if group else config
-        if not dataclasses.is_dataclass(owner) or not hasattr(owner, name):
-            raise ValueError(f"{where}: there is no setting {dotted}")
-        groups.setdefault(group, {})[name] = tuple(value) if isinstance(value, list) else value
-    own: dict[str, Any] = groups.pop("", {})
-    for group, values in groups.items():
-        own[group] = replace(getattr(config, group), **values)
-    try:
-        return replace(config, **own)
-    except TypeError as error:
-        raise ValueError(f"{where}: {error}") from error
+    """`read_variants`, with as many steps as the FLOPs of another variant pay for where it says."""
+    return read_variants(suite, overrides, lambda other, own: steps_for(training_flops(other), own))
 
 
 def _placed(config: RunConfig, root: Path, variant: str, seed: int) -> RunConfig:

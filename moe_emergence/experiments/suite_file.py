@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_emergence.experiments.description import BASE, Comparison
+from moe_emergence.settings import did_you_mean
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -66,6 +67,7 @@ def load_suite(name: str) -> Suite:
     if not path.is_file():
         raise ValueError(
             f"suite {name}: there is none; give one of {', '.join(built_in())}, or a .toml file"
+            f"{did_you_mean(name, built_in())}"
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -1,112 +1,23 @@
 """`python -m moe_emergence.suite plan|run|report`: experiments that a referee would believe."""
 
 import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
+from dataclasses import replace
+from typing import Any
 
 from moe_emergence.command import parse
-from moe_emergence.experiments.cluster import Cluster
-from moe_emergence.experiments.description import MARGIN
-from moe_emergence.settings import check
+from moe_emergence.experiments.description import read_suite
+from moe_emergence.experiments.suite_file import Suite, load_suite
+from moe_emergence.experiments.variants import read_base, read_variants
+from moe_emergence.settings import check, check_known
+from moe_emergence.suite.options import (
+    PlanOptions,
+    ReportOptions,
+    RunOptions,
+    RunsOptions,
+    SuiteOptions,
+)
 
 PROG = "python -m moe_emergence.suite"
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteOptions:
-    """What every verb takes."""
-
-    suite: Annotated[str, tyro.conf.Positional] = "demo"
-    """Name of a built-in suite, or a .toml file of your own."""
-    only: tuple[str, ...] = ()
-    """Only these variants (and the bases they need)."""
-    out: str | None = None
-    """Folder of the suite; runs/suites/NAME without it."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-    @property
-    def root(self) -> Path:
-        """The suite's folder."""
-        return Path(self.out or Path("runs") / "suites" / Path(self.suite).stem)
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunsOptions(SuiteOptions):
-    """The runs of a suite, and what they may cost."""
-
-    seeds: tuple[int, ...] = ()
-    """Seeds in place of the suite's."""
-    jobs: int = 1
-    """Runs at a time; on a CPU they share its cores."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto is cuda where there is one."""
-    base: str | None = None
-    """Dense base in place of the suite's: a hub id or a folder."""
-    data: str | None = None
-    """Data in place of the suite's: "embedded", "hub" or a folder."""
-    price_per_hour: float | None = None
-    """Price of an hour of this machine, in any currency."""
-    budget: float | None = None
-    """Refuse a plan that costs more, in the currency of --price-per-hour."""
-
-    def __post_init__(self) -> None:
-        check(1 <= self.jobs <= 64, "--jobs", self.jobs, "give a number from 1 to 64")
-        for flag, value in (("--price-per-hour", self.price_per_hour), ("--budget", self.budget)):
-            check(value is None or value >= 0, flag, value, "give 0 or more")
-        check(
-            self.budget is None or self.price_per_hour is not None,
-            "--budget",
-            self.budget,
-            "give --price-per-hour too",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanOptions(RunsOptions):
-    """The runs of a suite, what they cost on this machine (from a short measured run of every
-    architecture), and whether that is within the budget. With --gpus, in place of that: what a step
-    of its mixtures would take on so many GPUs, predicted."""
-
-    gpus: int = 1
-    """GPUs to predict a step for; 1 predicts nothing and measures this machine."""
-    ep: int | None = None
-    """GPUs that share the experts of a layer; none compares all numbers there can be."""
-    gpus_per_node: int = 8
-    """GPUs that share a machine and its fast links."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        groups = Cluster(self.gpus, self.gpus_per_node).groups
-        known = f"give one of {' '.join(map(str, groups))}, which share out --gpus ({self.gpus})"
-        check(self.ep is None or self.ep in groups, "--ep", self.ep, known)
-        check(
-            self.price_per_hour is None or self.gpus == 1,
-            "--price-per-hour",
-            self.price_per_hour,
-            "is for this machine; leave out either it or --gpus",
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunOptions(RunsOptions):
-    """Execute what is missing, resume what was cut off, skip what is complete. Give the same
-    command again after an interruption or a failure."""
-
-    keep_models: bool = False
-    """Keep checkpoints and models of complete runs (a suite has many)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportOptions(SuiteOptions):
-    """Write report.md, figures and tables into the suite's folder, from its run folders alone."""
-
-    margin: float = MARGIN
-    """Nats per token within which two losses count as equivalent."""
-
 
 VERBS: dict[str, tuple[type[SuiteOptions], str]] = {
     "plan": (PlanOptions, "runs, steps, FLOPs, time and cost on this machine"),
@@ -122,19 +33,63 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(f"usage: {PROG} VERB [SUITE] [OPTIONS]\n{lines}")
         return 0
     options = options_of(argv)
+    if isinstance(options, ReportOptions):
+        check_was_run(options)
 
-    from moe_emergence.suite.work import plan, report, run_suite
+        from moe_emergence.suite.work import report
+
+        return report(options)
+    assert isinstance(options, RunsOptions)
+    suite = suite_of(options)
+
+    from moe_emergence.suite.work import plan, run_suite
 
     if isinstance(options, RunOptions):
-        return run_suite(options, [*PROG.split(), *argv])
-    if isinstance(options, PlanOptions):
-        return plan(options)
-    assert isinstance(options, ReportOptions)
-    return report(options)
+        return run_suite(suite, options, [*PROG.split(), *argv])
+    assert isinstance(options, PlanOptions)
+    return plan(suite, options)
 
 
 def options_of(argv: list[str]) -> SuiteOptions:
     """The options of the verb `argv[0]`; `ValueError` for a verb or flags that cannot be used."""
-    if argv[0] not in VERBS:
-        raise ValueError(f"{PROG} {argv[0]}: choose from {', '.join(VERBS)}")
+    check_known(PROG, argv[0], VERBS)
     return parse(VERBS[argv[0]][0], argv[1:], f"{PROG} {argv[0]}")
+
+
+def suite_of(options: RunsOptions) -> Suite:
+    """The suite with the seeds asked for.
+
+    Raises:
+        ValueError: for a suite that is not there, that makes no sense, or that does not go with
+            the options.
+    """
+    suite = load_suite(options.suite)
+    check(
+        options.base is None or suite.base is None,
+        "--base",
+        options.base,
+        f"{suite.name} pretrains its own bases",
+    )
+    for name in options.only:
+        check_known("--only", name, [variant.name for variant in suite.variants])
+    overrides = overrides_of(options)
+    read_base(suite, overrides)
+    read_variants(suite, overrides)
+    return replace(suite, seeds=tuple(dict.fromkeys(options.seeds)) or suite.seeds)
+
+
+def check_was_run(options: ReportOptions) -> None:
+    """Refuse to report what has not begun."""
+    described = options.root / "suite.json"
+    if described.exists():
+        read_suite(options.root)
+        return
+    load_suite(options.suite)
+    command = f"{PROG} run {options.suite}" + (f" --out {options.out}" if options.out else "")
+    raise ValueError(f"{described}: nothing has been run there; run {command} first")
+
+
+def overrides_of(options: RunsOptions) -> dict[str, Any]:
+    """The settings of every run that the command line gives."""
+    given = {"device": options.device, "model.base": options.base, "data.data": options.data}
+    return {name: value for name, value in given.items() if value is not None}

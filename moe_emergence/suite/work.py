@@ -1,7 +1,6 @@
 """Plan a suite, run it, and report what was found."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from moe_emergence.begin import begin
 from moe_emergence.device import find_device
 from moe_emergence.errors import INTERRUPTED
 from moe_emergence.experiments.cluster import Cluster
+from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.estimate import estimate, estimate_table, refuse_over_budget
 from moe_emergence.experiments.execute import Execution, execute, is_complete
 from moe_emergence.experiments.parallel_plan import (
@@ -21,16 +21,16 @@ from moe_emergence.experiments.parallel_plan import (
 )
 from moe_emergence.experiments.plan import PlannedRun, describe, plan_runs, variant_configs
 from moe_emergence.experiments.report import build_report
-from moe_emergence.experiments.suite_file import Suite, load_suite
+from moe_emergence.experiments.suite_file import Suite
 from moe_emergence.run_folder import read_json, write_json
-from moe_emergence.settings import check
-from moe_emergence.suite import PlanOptions, ReportOptions, RunOptions, RunsOptions
+from moe_emergence.suite import overrides_of
+from moe_emergence.suite.options import PlanOptions, ReportOptions, RunOptions, RunsOptions
 
 
-def plan(options: PlanOptions) -> int:
+def plan(suite: Suite, options: PlanOptions) -> int:
     """Print what the suite costs; `ValueError` when that is over the budget."""
     begin()
-    suite, runs = _planned(options)
+    runs = _planned(suite, options)
     if options.gpus > 1:
         _print_layouts(options, suite)
     else:
@@ -38,15 +38,15 @@ def plan(options: PlanOptions) -> int:
     return 0
 
 
-def run_suite(options: RunOptions, command: list[str]) -> int:
+def run_suite(suite: Suite, options: RunOptions, command: list[str]) -> int:
     """Execute the plan, as `command` asked; 1 when a run failed, `INTERRUPTED` when stopped."""
     begin()
-    suite, runs = _planned(options)
+    runs = _planned(suite, options)
     if options.budget is not None:
         _print_estimate(options, runs)
     for planned in runs:
         is_complete(planned)  # refuses folders of other settings, before anything is written
-    _write_description(describe(suite, command, _overrides(suite, options)), options.root)
+    _write_description(describe(suite, command, overrides_of(options)), options.root)
     execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
     states = execute(runs, execution)
     counts = {name: sum(s.state == name for s in states) for name in {s.state for s in states}}
@@ -75,32 +75,13 @@ def _write_description(described: dict[str, Any], root: Path) -> None:
     write_json(path, described)
 
 
-def _planned(options: RunsOptions) -> tuple[Suite, list[PlannedRun]]:
-    suite = load_suite(options.suite)
-    if options.seeds:
-        suite = replace(suite, seeds=tuple(dict.fromkeys(options.seeds)))
-    runs = plan_runs(suite, options.root, _overrides(suite, options))
-    names = [variant.name for variant in suite.variants]
-    for name in options.only:
-        check(name in names, "--only", name, f"choose from {', '.join(names)}")
-    if options.only:
-        runs = [run for run in runs if run.variant in (*options.only, "base")]
-    return suite, runs
-
-
-def _overrides(suite: Suite, options: RunsOptions) -> dict[str, Any]:
-    """The settings of every run that the command line gives."""
-    overrides: dict[str, Any] = {"device": options.device}
-    if options.base is not None:
-        check(suite.base is None, "--base", options.base, f"{suite.name} pretrains its own bases")
-        overrides["model.base"] = options.base
-    if options.data is not None:
-        overrides["data.data"] = options.data
-    return overrides
+def _planned(suite: Suite, options: RunsOptions) -> list[PlannedRun]:
+    runs = plan_runs(suite, options.root, overrides_of(options))
+    return [run for run in runs if not options.only or run.variant in (*options.only, BASE)]
 
 
 def _print_layouts(options: PlanOptions, suite: Suite) -> None:
-    configs = variant_configs(suite, _overrides(suite, options))
+    configs = variant_configs(suite, overrides_of(options))
     if options.only:
         configs = {name: configs[name] for name in options.only}
     cluster, console = Cluster(options.gpus, options.gpus_per_node), Console()

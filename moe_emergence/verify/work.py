@@ -31,7 +31,7 @@ from moe_emergence.device import find_device
 from moe_emergence.moe.dispatch import Dispatcher, get_dispatcher
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import write_json
-from moe_emergence.settings import check, to_dict
+from moe_emergence.settings import check_known, to_dict
 from moe_emergence.verify import VerifyConfig
 
 
@@ -86,7 +86,7 @@ def _families(config: VerifyConfig) -> list[Family]:
         return []
     known = {family.name: family for family in FAMILIES}
     for name in config.family:
-        check(name in known, "--family", name, f"choose from {', '.join(known)}")
+        check_known("--family", name, known)
     return [known[name] for name in config.family or known]
 
 
