@@ -4,6 +4,9 @@ import importlib
 import sys
 
 from moe_emergence.command import run
+from moe_emergence.settings import check_known
+
+PROG = "moe-emergence"
 
 VERBS = {
     "train": "upcycle, train, evaluate and resume",
@@ -12,18 +15,22 @@ VERBS = {
     "analyze": "see how a mixture routes, in tables, figures and one page",
     "generate": "continue a prompt, and see which expert reads which token",
 }
+COMPLETION = "completion"
 
 
 def dispatch_verb(argv: list[str]) -> int:
     """Call the entry point that `argv[0]` names with the rest of the arguments."""
-    usage = "usage: moe-emergence VERB [OPTIONS]\n" + "".join(
-        f"  {verb:<10}{purpose}\n" for verb, purpose in VERBS.items()
-    )
     if not argv or argv[0] in ("-h", "--help"):
-        sys.stdout.write(usage)
+        verbs = VERBS | {COMPLETION: "print what bash, zsh or fish reads to complete all this"}
+        lines = "".join(f"  {verb:<12}{purpose}\n" for verb, purpose in verbs.items())
+        sys.stdout.write(f"usage: {PROG} [--version] VERB [OPTIONS]\n{lines}")
         return 0
-    if argv[0] not in VERBS:
-        raise ValueError(f"moe-emergence {argv[0]}: choose from {', '.join(VERBS)}")
+    if argv[0] == COMPLETION:
+        from moe_emergence.completion import print_completion
+
+        print_completion(" ".join(argv[1:]), PROG)
+        return 0
+    check_known(PROG, argv[0], [*VERBS, COMPLETION])
     main = importlib.import_module(f"moe_emergence.{argv[0]}").main
     code: int = main(argv[1:])
     return code

@@ -3,8 +3,6 @@
 import sys
 from collections.abc import Callable
 
-from moe_emergence.dependencies import raised_in
-
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM, as shells have it."""
 
@@ -37,6 +35,9 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
             raise
         return _fail(str(error), 1)
     except Exception as error:
+        # what is installed is read for this alone, not at every start
+        from moe_emergence.dependencies import raised_in
+
         package = raised_in(error)
         if package is None or "--debug" in argv:
             raise

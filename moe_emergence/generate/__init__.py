@@ -23,9 +23,9 @@ class GenerateConfig:
     """Tokens to add at most."""
     temperature: float = 0.8
     """Sampling temperature; 0 always takes the most likely token."""
-    top_k: int = 0
+    sample_top_k: int = 0
     """Sample from the k most likely tokens only; 0 from all."""
-    top_p: float = 1.0
+    sample_top_p: float = 1.0
     """Sample from the most likely tokens that together have this probability."""
     seed: int = 0
     """Seed of the sampling, and of the router of an upcycled model."""
@@ -60,8 +60,13 @@ class GenerateConfig:
             self.experts_per_token,
             f"give a number from 1 to --num-experts ({self.num_experts})",
         )
-        check(self.top_k >= 0, "--top-k", self.top_k, "give 0 (all) or more")
-        check(0 < self.top_p <= 1, "--top-p", self.top_p, "give a probability above 0, at most 1")
+        check(self.sample_top_k >= 0, "--sample-top-k", self.sample_top_k, "give 0 (all) or more")
+        check(
+            0 < self.sample_top_p <= 1,
+            "--sample-top-p",
+            self.sample_top_p,
+            "give a probability above 0, at most 1",
+        )
         check(bool(self.prompt), "--prompt", repr(self.prompt), "give some text")
         check(
             self.device == "cpu" or self.device.startswith("cuda"),

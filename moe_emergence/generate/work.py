@@ -105,8 +105,8 @@ def generate(
     if config.temperature > 0:
         sampling = {
             "temperature": config.temperature,
-            "top_k": config.top_k,
-            "top_p": config.top_p,
+            "top_k": config.sample_top_k,
+            "top_p": config.sample_top_p,
         }
     ids = cast(Any, model).generate(
         **prompt,

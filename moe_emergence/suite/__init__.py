@@ -82,7 +82,7 @@ def check_was_run(options: ReportOptions) -> None:
     """Refuse to report what has not begun."""
     described = options.root / "suite.json"
     if described.exists():
-        read_suite(options.root)
+        read_suite(options.root).only(options.only)
         return
     load_suite(options.suite)
     command = f"{PROG} run {options.suite}" + (f" --out {options.out}" if options.out else "")
