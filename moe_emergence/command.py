@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
 
 import tyro
@@ -55,13 +56,13 @@ def _refused(stop: BaseException) -> str | None:
 
 
 def _first_message(box: str) -> str:
-    """The message inside the box tyro draws around an error, as one line."""
-    lines = [line.strip("│ ").strip() for line in box.splitlines()[1:]]
-    message = []
-    for line in lines:
-        if line.startswith(("─", "╰", "╭")):
-            break
-        message.append(line)
+    """The message inside the box tyro draws around an error, of lines or in ASCII, as one line."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("─╰╯-")
+
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
+    message = list(takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines)))
     if message and message[0].startswith("Missing from"):
         flags = re.findall(r"(?m)^(--[\w-]+)", "\n".join(message))
         return f"{', '.join(flags)}: required and not given"

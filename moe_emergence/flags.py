@@ -85,6 +85,6 @@ def spelled_out(cls: type[Any], argv: Sequence[str]) -> list[str]:
             raise ValueError(f"{name}: there is no such flag{did_you_mean(meant, hints)}")
         else:
             words.append(name + equals + value)
-            if name in switches and not equals and argv[place + 1 : place + 2] not in _SAID:
+            if name in switches and not equals and list(argv[place + 1 : place + 2]) not in _SAID:
                 words.append(YES)
     return words

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,9 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     triton.knobs.runtime.interpret = True
 
 from moe_emergence.config import SHIPPED, ModelConfig, RunConfig
+from moe_emergence.flags import flag
 from moe_emergence.presets import demo
+from moe_emergence.words import written
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -183,15 +185,8 @@ def flags_of(config: RunConfig) -> list[str]:
     flags: list[str] = []
     groups = (config, config.model, config.data, config.optim, config.monitor)
     for name, value in ((n, v) for group in groups for n, v in vars(group).items()):
-        flag = "--" + name.replace("_", "-")
-        if name in ("model", "data", "optim", "monitor") and not isinstance(value, str):
-            continue
-        if isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif isinstance(value, tuple):
-            flags += [flag, *map(str, value)]
-        elif value is not None:
-            flags += [flag, str(value)]
+        if not is_dataclass(value):
+            flags += [flag(name), *written(value)]
     return flags
 
 

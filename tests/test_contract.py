@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
+from moe_emergence.command import parse
 from moe_emergence.config import (
     SHIPPED,
     DataConfig,
@@ -19,10 +20,12 @@ from moe_emergence.config import (
     RunConfig,
 )
 from moe_emergence.data.split import eval_count
+from moe_emergence.flags import flag
 from moe_emergence.presets import PRESETS, get_preset
 from moe_emergence.run_folder import RunFolder, read_metrics
 from moe_emergence.training.experiment import run_experiment
 from moe_emergence.training.trainer import RunSummary
+from moe_emergence.words import written
 
 CONTRACT = (REPOSITORY / "docs" / "contract.md").read_text("utf-8")
 GROUPS = (ModelConfig, DataConfig, OptimConfig, MonitorConfig)
@@ -30,15 +33,7 @@ GROUPS = (ModelConfig, DataConfig, OptimConfig, MonitorConfig)
 
 def shown(value: Any) -> str:
     """A value as the contract writes it."""
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if value is None or value == ():
-        return "none"
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def flag(field: str) -> str:
-    return "--" + field.replace("_", "-")
+    return " ".join(written(value))
 
 
 def section(title: str) -> str:
@@ -82,6 +77,21 @@ def test_presets_differ_from_the_defaults_as_the_contract_says() -> None:
                 if value != field.default:
                     differing.add(f"{flag(field.name)} {shown(value)}")
         assert set(re.findall(r"`([^`]+)`", changes)) == differing, name
+
+
+def test_what_the_contract_writes_can_be_typed() -> None:
+    """Every default, and all that a preset changes, as the tables have it."""
+    typed = []
+    for title in ("Run", "Model", "Data", "Optimisation", "Monitoring"):
+        for name, default, _ in table(section(title)):
+            typed += [] if default == "the preset's" else [name.strip("`"), *default.split()]
+    plain = RunConfig(preset="demo", run_name="demo")
+    assert parse(RunConfig, typed, "train", default=get_preset("demo")) == plain
+    for name, changes in table(section("Presets")):
+        name = name.strip("`")
+        words = " ".join(re.findall(r"`([^`]+)`", changes)).split()
+        plain = RunConfig(preset=name, run_name=name)
+        assert parse(RunConfig, words, "train", default=plain) == get_preset(name)
 
 
 def test_split_policy_is_the_codes() -> None:

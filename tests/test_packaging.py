@@ -42,9 +42,11 @@ assert "triton" not in sys.modules, "importing emergence_kernels imported triton
 sys.modules.update(dict.fromkeys(("triton", "wandb", "megablocks", "stk")))
 for name in {modules()!r}:
     importlib.import_module(name)
+print("all of them")
 """
     done = command("-c", script, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "all of them\n"
 
 
 AS_MODULES = """

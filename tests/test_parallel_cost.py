@@ -36,7 +36,7 @@ from moe_emergence.experiments.parallel_plan import (
     pays_from,
     verdict,
 )
-from moe_emergence.experiments.plan import with_changes
+from moe_emergence.experiments.variants import with_changes
 from moe_emergence.presets import demo, get_preset
 
 H200_STEPS = REPOSITORY / "docs" / "results" / "h200" / "third.json"

@@ -6,12 +6,14 @@ from dataclasses import is_dataclass, replace
 from typing import Any
 
 import pytest
-from conftest import flags_of
+from conftest import flags_of as every_flag
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_emergence.command import parse
 from moe_emergence.config import ModelConfig, OptimConfig, RunConfig
+from moe_emergence.flags import ELSEWHERE, flags_of
+from moe_emergence.generate import GenerateConfig
 from moe_emergence.presets import PRESETS, get_preset
 from moe_emergence.settings import from_dict, to_dict
 
@@ -41,8 +43,65 @@ def test_preset_survives_json_and_the_command_line(name: str) -> None:
     config = get_preset(name)
     assert config.preset == name
     assert from_dict(RunConfig, json.loads(json.dumps(to_dict(config)))) == config
-    assert parse(RunConfig, flags_of(config), "train", default=get_preset("demo")) == config
+    assert parse(RunConfig, every_flag(config), "train", default=get_preset("demo")) == config
     assert parse(RunConfig, [], "train", default=config) == config
+
+
+SPELLINGS: dict[str, tuple[str, bool | tuple[int, ...] | str | int | None]] = {
+    "--compare-dense": ("optim.compare_dense", True),
+    "--no-compare-dense": ("optim.compare_dense", False),
+    "--compare-dense yes": ("optim.compare_dense", True),
+    "--compare-dense no": ("optim.compare_dense", False),
+    "--compare_dense=no": ("optim.compare_dense", False),
+    "--moe-layers none": ("model.moe_layers", ()),
+    "--moe-layers": ("model.moe_layers", ()),
+    "--moe-layers 1 3": ("model.moe_layers", (1, 3)),
+    "--moe-layers 1,3": ("model.moe_layers", (1, 3)),
+    "--moe-layers=1,3": ("model.moe_layers", (1, 3)),
+    "--resume none": ("resume", None),
+    "--resume auto": ("resume", "auto"),
+    "--stop-after none": ("stop_after", None),
+    "--stop-after 7": ("stop_after", 7),
+    "--hub-revision none": ("data.hub_revision", ()),
+    "--hub-revision code=main math=a,b": ("data.hub_revision", ("code=main", "math=a,b")),
+}
+
+
+@pytest.mark.parametrize("line", SPELLINGS)
+@pytest.mark.parametrize("after", ["", "--seed 5"])
+def test_every_spelling_of_a_flag(line: str, after: str) -> None:
+    name, expected = SPELLINGS[line]
+    words = f"{line} {after}".split()
+    found = leaves(parse(RunConfig, words, "train", default=get_preset("demo")))
+    assert found[name] == expected
+    assert found["seed"] == (5 if after else 42)
+    changed = {
+        field for field, value in leaves(get_preset("demo")).items() if found[field] != value
+    }
+    assert changed <= {name, "seed"}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, hint in flags_of(RunConfig).items() if hint is bool]
+)
+def test_every_switch_is_said_in_four_ways(name: str) -> None:
+    def read(*words: str) -> RunConfig:
+        return parse(RunConfig, words, "train", default=get_preset("demo"))
+
+    assert read(name) == read(name, "yes") != read(name, "no")
+    assert read(name, "no") == read(name.replace("--", "--no-", 1))
+
+
+@pytest.mark.parametrize(("called", "meant"), ELSEWHERE.items())
+def test_other_names_are_those_of_no_flag_and_lead_to_one(called: str, meant: str) -> None:
+    known = [flags_of(RunConfig), flags_of(GenerateConfig)]
+    having = [flags for flags in known if meant in flags]
+    assert having
+    assert not any(called in flags for flags in having)
+    for cls in (RunConfig, GenerateConfig):
+        if meant in flags_of(cls):
+            with pytest.raises(ValueError, match=f"^{called}: .*; did you mean {meant}\\?"):
+                parse(cls, [called, "1"], "train")
 
 
 def test_predecessors_numbers() -> None:

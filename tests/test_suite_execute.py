@@ -113,7 +113,7 @@ def test_a_run_from_before_a_setting_existed_stays_complete(stand_in: StandIn) -
 def test_a_folder_keeps_its_seeds_and_is_left_alone_when_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(suite, "execute", lambda runs, execution: [])
+    monkeypatch.setattr("moe_emergence.suite.work.execute", lambda runs, execution: [])
     path = tmp_path / "suite.json"
     for seed in ("3", "4", "3"):
         suite.main(["run", str(TINY), "--out", str(tmp_path), "--seeds", seed])

@@ -35,9 +35,9 @@ from moe_emergence.experiments.plan import (
     describe,
     plan_runs,
     variant_configs,
-    with_changes,
 )
 from moe_emergence.experiments.suite_file import built_in, load_suite
+from moe_emergence.experiments.variants import with_changes
 from moe_emergence.models import loading, upcycle
 from moe_emergence.models.lower_layers import (
     freeze_lower_layers,
@@ -285,7 +285,7 @@ flops_of = "top1"
         assert flops[name] == training_flops(own[name])
     other = variant_configs(suite, other_base)
     assert other["top4"].optim.max_steps != own["top4"].optim.max_steps
-    monkeypatch.setattr(command, "execute", lambda runs, execution: [])
+    monkeypatch.setattr("moe_emergence.suite.work.execute", lambda runs, execution: [])
     flags = ["--out", str(tmp_path / "runs"), "--base", other_base["model.base"]]
     command.main(["run", str(tmp_path / "matched.toml"), *flags])
     described = json.loads((tmp_path / "runs/suite.json").read_text())["variants"][1]["changes"]

@@ -5,4 +5,5 @@ import sys
 from moe_emergence.analyze import main
 from moe_emergence.command import run
 
-sys.exit(run(main, sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))

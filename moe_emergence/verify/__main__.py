@@ -5,4 +5,5 @@ import sys
 from moe_emergence.command import run
 from moe_emergence.verify import main
 
-sys.exit(run(main, sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
