@@ -26,6 +26,8 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
     triton.knobs.runtime.interpret = True
 
+from warm_commands import alone, share_one_server
+
 from moe_emergence.config import SHIPPED, ModelConfig, RunConfig
 from moe_emergence.flags import flag
 from moe_emergence.presets import demo
@@ -34,6 +36,10 @@ from moe_emergence.words import written
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run under test: on the GPU, or on CPU tensors in the interpreter."""
+
+
+def pytest_configure() -> None:
+    share_one_server()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -239,11 +245,6 @@ def compile_process(folder: Path, *arguments: str) -> "subprocess.CompletedProce
         timeout=600,
         check=False,
     )
-
-
-def alone() -> dict[str, str]:
-    """The environment without what makes a pytest started in it take itself for a worker."""
-    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,6 @@
 import csv
 import json
 import shutil
-import subprocess
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from routing_models import tiny_mixture
+from warm_commands import run_warm
 
 from moe_emergence.analysis.documents import main_documents, spread, take
 from moe_emergence.analysis.figures import FIGURES, write_figures
@@ -32,7 +31,6 @@ from moe_emergence.training.experiment import run_experiment
 
 pytestmark = pytest.mark.slow
 
-Command = Callable[..., "subprocess.CompletedProcess[str]"]
 FEW = ("--permutations", "39", "--device", "cpu", "--max-tokens", "0")
 
 
@@ -218,10 +216,11 @@ def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_p
         main([str(run.root), *FEW, "--keep-experts", "code"])
 
 
-def test_the_command_says_what_to_open(run: RunFolder, tmp_path: Path, command: Command) -> None:
+def test_the_command_says_what_to_open(run: RunFolder, tmp_path: Path) -> None:
     flags = [*FEW, "--knockout-tokens", "0", "--out", str(tmp_path / "out")]
     flags += ["--data", str(run_data(run))]
-    done = command("-m", "moe_emergence.analyze", str(run.root), *flags)
+    command = ("-m", "moe_emergence.analyze", str(run.root))
+    done = run_warm(*command, *flags, where=tmp_path, logs=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "open" in done.stderr
     assert "report.html" in "".join(done.stderr.split())

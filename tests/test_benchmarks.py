@@ -8,13 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, command_environment
+from conftest import REPOSITORY, Command, command_environment
 from torch.utils.flop_counter import FlopCounterMode
+from warm_commands import run_warm
 
 from benchmarks import layer, roofline
 from benchmarks.contestants import FLOOR, OURS, Contestant, Entry
@@ -282,19 +284,16 @@ def test_fitted_exponents_and_their_errors_are_those_of_least_squares() -> None:
 # commands ---------------------------------------------------------------------------------------
 
 
-def pytest_at_root(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        cwd=REPOSITORY,
-        env={**command_environment(), "BENCH_SIZE": "tiny"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.fixture
+def pytest_at_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    monkeypatch.setenv("BENCH_SIZE", "tiny")
+    start = partial(run_warm, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    return partial(start, where=REPOSITORY, logs=tmp_path)
 
 
-def test_benchmark_only_measures_and_its_json_makes_a_report(tmp_path: Path) -> None:
+def test_benchmark_only_measures_and_its_json_makes_a_report(
+    tmp_path: Path, pytest_at_root: Command
+) -> None:
     path = tmp_path / "bench.json"
     done = pytest_at_root("--benchmark-only", "benchmarks", f"--benchmark-json={path}")
     assert done.returncode == 0, done.stdout[-3000:]
@@ -303,7 +302,7 @@ def test_benchmark_only_measures_and_its_json_makes_a_report(tmp_path: Path) -> 
     assert build_report([path], tmp_path / "report").is_file()
 
 
-def test_a_plain_run_times_nothing() -> None:
+def test_a_plain_run_times_nothing(pytest_at_root: Command) -> None:
     done = pytest_at_root("benchmarks/bench_layer.py", "benchmarks/bench_scaling.py", "-rs")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "2 skipped" in done.stdout

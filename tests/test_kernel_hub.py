@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, alone
+from conftest import REPOSITORY
+from warm_commands import alone
 
 import make_hub_package
 

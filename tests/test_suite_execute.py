@@ -9,14 +9,17 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
 import torch
+from warm_commands import WarmCommand
 
 from moe_emergence import suite
 from moe_emergence.analysis.routing_record import read_routing, record_routing, save_routing
 from moe_emergence.errors import RunError, exit_code
+from moe_emergence.experiments import execute as executing
 from moe_emergence.experiments.execute import Execution, RunState, execute, is_complete
 from moe_emergence.experiments.live import read_progress
 from moe_emergence.experiments.plan import PlannedRun, plan_runs
@@ -80,7 +83,8 @@ class StandIn:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> StandIn:
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    monkeypatch.setattr(executing, "_POLL_SECONDS", 0.02)
     return StandIn(tmp_path)
 
 
@@ -238,10 +242,19 @@ def test_a_record_holds_the_model_s_own_decisions(top_k: int, tmp_path: Path) ->
         read_routing(path)
 
 
+def warm_worker(command: Sequence[str], log: IO[bytes]) -> WarmCommand:
+    """The worker's own command, in a process that has its imports."""
+    program, *arguments = command
+    assert program == sys.executable
+    path = Path(log.name).resolve()
+    return WarmCommand(arguments, Path.cwd(), path, path)
+
+
 def test_the_command_runs_a_suite_from_end_to_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(executing, "_spawn", warm_worker)
     flags = ["--out", "suite", "--jobs", "2", "--only", "dense", "moe"]
     assert exit_code(suite.main, ["run", str(TINY), *flags]) == 0
     runs = [

@@ -2,17 +2,17 @@
 
 import json
 import math
+import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from conftest import command_environment
 from safetensors import safe_open
+from warm_commands import WarmCommand, run_warm
 
 from moe_emergence import generate, train
 from moe_emergence.analysis.summary import what_was_shown
@@ -33,20 +33,14 @@ def finished(
 ) -> tuple[RunFolder, "subprocess.CompletedProcess[str]"]:
     """The demo preset at toy size, run once for the tests that look at what it left behind."""
     where = tmp_path_factory.mktemp("finished")
-    done = subprocess.run(
-        [
-            *(sys.executable, *TRAIN, "--dispatch", "fused", "--device", "cpu"),
-            *("--data", str(data_folder), "--cache-dir", str(cache_folder)),
-            *("--n-embd", "16", "--n-head", "2", "--block-size", "16", "--vocab-size", "300"),
-            *("--batch-size", "4", "--max-steps", "4", "--pretrain-steps", "2"),
-            *("--eval-every", "2", "--save-every", "2", "--log-router-every", "2"),
-        ],
-        cwd=where,
-        env=command_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
+    done = run_warm(
+        *(*TRAIN, "--dispatch", "fused", "--device", "cpu"),
+        *("--data", str(data_folder), "--cache-dir", str(cache_folder)),
+        *("--n-embd", "16", "--n-head", "2", "--block-size", "16", "--vocab-size", "300"),
+        *("--batch-size", "4", "--max-steps", "4", "--pretrain-steps", "2"),
+        *("--eval-every", "2", "--save-every", "2", "--log-router-every", "2"),
+        where=where,
+        logs=tmp_path_factory.mktemp("logs"),
     )
     return RunFolder(where / "runs" / "demo"), done
 
@@ -209,20 +203,14 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(
     tiny_flags: list[str], tmp_path: Path
 ) -> None:
     endless = [*tiny_flags, "--max-steps", "100000", "--eval-every", "100000", "--run-name", "c"]
-    process = subprocess.Popen(
-        [sys.executable, *TRAIN, *endless],
-        cwd=tmp_path,
-        env=command_environment(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    errors = tmp_path / "errors.txt"
+    process = WarmCommand([*TRAIN, *endless], tmp_path, tmp_path / "printed.txt", errors)
     run = RunFolder(tmp_path / "runs" / "c")
     deadline = time.monotonic() + 120
     while not run.checkpoint_steps() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130, errors.read_text("utf-8")
     summary = read_json(run.summary)
     assert summary["status"] == "interrupted"
     assert run.checkpoint_steps()[-1] == summary["final_step"] > 0
