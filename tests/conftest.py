@@ -55,12 +55,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Files of few tests come first: theirs are the longest, and no worker ends alone with one.
+    """Files with slow tests come first, then those of many: no worker ends alone with a long one.
 
     The whole grid of compilations is for `-m grid` alone.
     """
     sizes = Counter(item.path for item in items)
-    items.sort(key=lambda item: sizes[item.path])
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path not in slow, -sizes[item.path]))
     if "grid" not in config.getoption("-m"):
         for item in items:
             if item.get_closest_marker("grid"):

@@ -170,12 +170,6 @@ def test_a_copy_compiles_in_other_processes(package: Path, python: Callable[...,
     python(COMPILES_IN_OTHER_PROCESSES, package)
 
 
-@pytest.mark.slow
-def test_transformers_and_the_library_pass_over_our_folder(python: Callable[..., None]) -> None:
-    script = "import kernels; kernels.get_local_kernel; from transformers import GPT2LMHeadModel"
-    python(script, folders=(REPOSITORY, SOURCES))
-
-
 def test_modules_import_each_other_relatively_and_else_only_what_the_hub_allows() -> None:
     allowed = sys.stdlib_module_names | {"torch", "triton"}
     for path in (SOURCES / "emergence_kernels").rglob("*.py"):

@@ -345,11 +345,13 @@ def test_save_and_load_is_bitwise(tmp_path, router, bias) -> None:
 
 @pytest.mark.slow
 def test_a_saved_model_loads_through_auto_in_a_fresh_process(tmp_path) -> None:
+    """And what is optional is imported by neither; triton transformers imports by itself."""
     make_model().save_pretrained(tmp_path)
     program = (
         "import sys, moe_emergence.models\n"
         "from transformers import AutoModelForCausalLM\n"
-        "print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "print(type(model).__name__, *{'megablocks', 'wandb'} & set(sys.modules))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path)],

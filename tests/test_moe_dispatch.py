@@ -494,7 +494,7 @@ def test_experts_without_tokens_get_a_zero_gradient_not_none_or_nan(name) -> Non
 def test_repeated_runs_are_bitwise_equal(name, top_k) -> None:
     torch.set_num_threads(2)  # where sums by atomics would show
     results = []
-    for _ in range(8):
+    for _ in range(3):
         experts = make_experts(8, 16, 32, "gelu_tanh").float()
         decision = make_decision(choose(2000, 8, top_k, "random", 3), 8, torch.float32)
         x_TH = randn(2000, 16, dtype=torch.float32).requires_grad_()
@@ -706,23 +706,15 @@ def test_without_megablocks_the_error_says_what_to_install(missing, monkeypatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("modules", "absent"),
-    [
-        ("emergence_kernels, moe_emergence.moe", ["megablocks", "wandb", "triton", "transformers"]),
-        # transformers imports triton by itself where it is installed
-        ("moe_emergence.models", ["megablocks", "wandb"]),
-    ],
-    ids=["layers", "models"],
-)
-def test_nothing_optional_is_imported_unasked(modules, absent) -> None:
-    program = f"""
+def test_layers_import_nothing_optional_unasked() -> None:
+    """Of models the test in test_models_hf.py says it."""
+    program = """
 import sys, torch
-import {modules}
+import emergence_kernels
 from moe_emergence.moe import MoELayer
 for name in ("auto", "sequential", "fused", "grouped"):
     MoELayer(8, 8, 2, 1, dispatch=name)(torch.zeros(3, 8))
-print(*[m for m in {absent} if m in sys.modules])
+print(*{"megablocks", "wandb", "triton", "transformers"} & set(sys.modules))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120

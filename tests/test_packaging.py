@@ -1,5 +1,6 @@
 """The package imports from anywhere, lightly, and stays out of transformers' way."""
 
+import importlib.util
 import pkgutil
 import subprocess
 from collections.abc import Callable
@@ -33,8 +34,9 @@ def test_every_module_imports_without_triton_and_the_optional_packages(command: 
     """None in sys.modules makes an import fail, as on a machine without the package.
 
     From the repository's root, where `kernels` must not be taken for the package of that name which
-    transformers looks for.
+    transformers looks for, nor hide it.
     """
+    installed = importlib.util.find_spec("kernels.load") is not None
     script = f"""
 import importlib, sys
 import emergence_kernels
@@ -42,6 +44,9 @@ assert "triton" not in sys.modules, "importing emergence_kernels imported triton
 sys.modules.update(dict.fromkeys(("triton", "wandb", "megablocks", "stk")))
 for name in {modules()!r}:
     importlib.import_module(name)
+if {installed}:
+    import kernels
+    kernels.get_local_kernel
 print("all of them")
 """
     done = command("-c", script, cwd=REPOSITORY)
