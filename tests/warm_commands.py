@@ -16,7 +16,7 @@ import torch
 from emergence_kernels.processes import warm_processes
 
 IMPORTS = (
-    *("moe_emergence.train", "moe_emergence.analyze", "moe_emergence.experiments.worker"),
+    *("moe_emergence.train.work", "moe_emergence.analyze.work", "moe_emergence.experiments.worker"),
     *("benchmarks.workers", "benchmarks.gpu.stages", "datasets"),
 )
 

@@ -12,7 +12,7 @@ ALL = "all"
 TokenClass: TypeAlias = Literal["python", "math", "words", "none"]
 """How the tokens of a domain are told apart: as Python's own tokenizer does, as numbers, operators
 and words, as English words, or not at all."""
-RESERVED = (ALL, "random")
+RESERVED = (ALL, "none", "random")
 """What tables write in the place of a domain."""
 _NOT_IN_A_NAME = frozenset('/\\=*?"<>|:$')
 LONGEST_NAME = 60
