@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import footprint
-from moe_emergence.moe import MoELayer, get_dispatcher
+from moe_emergence.moe import MoELayer
 
 FP64 = torch.float64
 # how far a low-precision path may be from fp64, as a multiple of the plain path's own error
@@ -156,5 +156,5 @@ def assert_as_accurate(
 
 def saved_bytes(name: str, layer: MoELayer, x: Tensor) -> int:
     """Bytes of the distinct storages kept for backward, without the parameters'."""
-    layer.experts.dispatcher = get_dispatcher(name)
+    layer.dispatch = name
     return footprint.saved_bytes(lambda: layer(x)[0], layer.parameters())

@@ -136,7 +136,7 @@ def test_paths_agree_on_probability_weights() -> None:
     x_TH = torch.randn(30, 8, generator=seeded(6), dtype=torch.float64)
     results = []
     for name in ("sequential", "fused"):
-        layer.experts.dispatcher = get_dispatcher(name)
+        layer.dispatch = name
         layer.zero_grad()
         y_TH, _ = layer(x_TH)
         y_TH.square().sum().backward()
@@ -411,3 +411,21 @@ def test_entropy_is_that_of_the_clean_probabilities() -> None:
 def test_entropy_at_its_ends(logits, entropy) -> None:
     router, x_TE = router_with_logits(logits, 1)
     assert router(x_TE).entropy().item() == pytest.approx(entropy, abs=1e-6)
+
+
+def test_the_path_of_a_layer_can_be_assigned_by_name_or_as_it_is() -> None:
+    layer = MoELayer(4, 8, 3, 1, dispatch="sequential")
+    assert type(layer.dispatch) is type(get_dispatcher("sequential"))
+    layer.dispatch = "grouped"
+    assert type(layer.experts.dispatcher) is type(get_dispatcher("grouped"))
+    layer.dispatch = own = get_dispatcher("fused")
+    assert layer.experts.dispatcher is own
+    with pytest.raises(ValueError, match="dispatch quick: choose from auto, sequential"):
+        layer.dispatch = "quick"
+    assert layer.experts.dispatcher is own
+    assert not any("dispatch" in name for name in layer.state_dict())
+
+
+def test_an_activation_that_experts_do_not_have_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="activation 'relu': choose from gelu_tanh, swiglu"):
+        MoELayer(4, 8, 3, 1, activation="relu")

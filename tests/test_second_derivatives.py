@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import emergence_kernels
 from moe_emergence.models import MoEGPT2LMHeadModel, upcycle
-from moe_emergence.moe import MoELayer, RouterNoise, auxiliary_losses, get_dispatcher
+from moe_emergence.moe import MoELayer, RouterNoise, auxiliary_losses
 from moe_emergence.training.objective import NextTokenLoss, next_token_losses
 
 T, H, F, E = 5, 3, 4, 3
@@ -141,7 +141,7 @@ def test_functional_hvp_of_a_layer() -> None:
     x, direction = randn(6, 4), randn(6, 4, seed=1)
     products = []
     for path in ("sequential", "fused"):
-        layer.experts.dispatcher = get_dispatcher(path)
+        layer.dispatch = path
         _, product = torch.autograd.functional.hvp(
             lambda tokens: layer(tokens)[0].square().sum(), x, direction
         )

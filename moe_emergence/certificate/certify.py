@@ -73,7 +73,7 @@ def certify(
     """Judge every path in `paths`, by name.
 
     An exception is a failure of its row, and the rest still runs; a `ValueError` that begins with
-    `--dispatch` is a path's own word that it does not take such a case. `on_rows` is called with
+    `dispatch` is a path's own word that it does not take such a case. `on_rows` is called with
     the rows of every case or property in every arithmetic once they are known, in any order. With
     several `jobs` the cases are shared among as many processes, which `make` the paths anew from
     their names.
@@ -223,7 +223,7 @@ def _check(
 
 def finding(error: Exception) -> tuple[Status, str]:
     """A refusal in the path's own words, or a failure."""
-    if isinstance(error, ValueError) and str(error).startswith(("--dispatch", "--implementation")):
+    if isinstance(error, ValueError) and str(error).startswith(("dispatch ", "--implementation")):
         return "refused", str(error)
     return "failed", _words(error)
 

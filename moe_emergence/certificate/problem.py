@@ -165,7 +165,7 @@ def run_layer(
     the z loss. With K = E the balance loss is constant, and its gradient only rounding: left out.
     """
     layer = problem.layer
-    layer.experts.dispatcher = dispatcher
+    layer.dispatch = dispatcher
     x_TH = problem.x_TH.detach().requires_grad_(case.frozen != "x")
     with arithmetic.active(x_TH.device):
         y_TH, decision = layer(x_TH, None, problem.token_ids_T)

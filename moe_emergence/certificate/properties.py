@@ -165,7 +165,7 @@ def _forward_backward(layer: MoELayer, x_TH: Tensor, dy_TH: Tensor) -> list[Tens
 
 
 def _with_path(problem: Problem, dispatcher: Dispatcher) -> MoELayer:
-    problem.layer.experts.dispatcher = dispatcher
+    problem.layer.dispatch = dispatcher
     return problem.layer
 
 

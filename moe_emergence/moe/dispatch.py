@@ -73,5 +73,5 @@ def get_dispatcher(name: str, table: TuningTable | None = None) -> Dispatcher:
             install).
     """
     if name not in _DISPATCHERS:
-        raise ValueError(f"--dispatch {name}: choose from {', '.join(get_args(DispatchName))}")
+        raise ValueError(f"dispatch {name}: choose from {', '.join(get_args(DispatchName))}")
     return _DISPATCHERS[name](table)

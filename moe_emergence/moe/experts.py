@@ -4,7 +4,7 @@ Letters: T tokens, E experts, H model width, F expert width, P pre-activation wi
 SwiGLU).
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class Experts(nn.Module):
     Stacked biases are matrices: "bias" in the name keeps optimizers from decaying them.
     "swiglu" experts have no biases and w1 (E, H, 2F): the gate's columns, then the up projection's.
     The layout (in, out) is that of GPT-2's `Conv1D` and of `torch.nn.functional.grouped_mm`.
+
+    Raises:
+        ValueError: for another activation.
     """
 
     w1_bias: nn.Parameter | None
@@ -37,6 +40,10 @@ class Experts(nn.Module):
         activation: Activation = "gelu_tanh",
     ) -> None:
         super().__init__()
+        if activation not in get_args(Activation):
+            raise ValueError(
+                f"activation {activation!r}: choose from {', '.join(get_args(Activation))}"
+            )
         self.num_experts = num_experts
         self.activation: Activation = activation
         width = pre_activation_width(activation, expert_size)

@@ -63,8 +63,8 @@ def grouped_experts(
     widths = (*experts.w1.shape[1:], *experts.w2.shape[1:])
     if dtype == torch.float64 or any(width * dtype.itemsize % 16 for width in widths):
         raise ValueError(
-            f"--dispatch grouped: torch's grouped_mm does not take {dtype} with widths {widths}; "
-            f"use --dispatch fused"
+            f"dispatch grouped: torch's grouped_mm does not take {dtype} with widths {widths}; "
+            "use dispatch fused"
         )
     # as a product, so that the biases' gradients are summed in fp32 and always in one order
     member_SE = functional.one_hot(sorted_experts_S, experts.num_experts).to(dtype)

@@ -5,7 +5,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from emergence_kernels.activations import Activation
-from moe_emergence.moe.dispatch import get_dispatcher
+from moe_emergence.moe.dispatch import Dispatcher, get_dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.noise import RouterNoise
 from moe_emergence.moe.pools import DocumentPools
@@ -19,7 +19,10 @@ from moe_emergence.moe.routing import (
 
 
 class MoELayer(nn.Module):
-    """A drop-in MLP of E experts, K of which see each token. No token is ever dropped.
+    """E experts in the place of an MLP, K of which see each token. No token is ever dropped.
+
+    It returns a pair, since training needs the decision for the auxiliary losses: in a block that
+    is `y, decision = layer(x)` and `x = x + y`.
 
     Args:
         hidden_size: H.
@@ -33,7 +36,7 @@ class MoELayer(nn.Module):
             balancing, and how far it moves by itself at every training pass.
         pools: let the tokens of a document choose among few experts; not of a hash router.
         dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
-            any time in `experts.dispatcher` and is not part of the state dict.
+            any time (`layer.dispatch = "sequential"`) and is not part of the state dict.
         layer: index in the model, so that the null models differ between layers.
     """
 
@@ -71,7 +74,16 @@ class MoELayer(nn.Module):
                 pools=pools,
             )
         self.experts = Experts(num_experts, hidden_size, expert_size, activation)
-        self.experts.dispatcher = get_dispatcher(dispatch)
+        self.dispatch = dispatch
+
+    @property
+    def dispatch(self) -> Dispatcher:
+        """The path through the experts; a name or a dispatcher can be assigned."""
+        return self.experts.dispatcher
+
+    @dispatch.setter
+    def dispatch(self, path: str | Dispatcher) -> None:
+        self.experts.dispatcher = get_dispatcher(path) if isinstance(path, str) else path
 
     def forward(
         self, x: Tensor, noise: RouterNoise | None = None, token_ids: Tensor | None = None

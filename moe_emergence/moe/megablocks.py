@@ -16,7 +16,7 @@ from moe_emergence.moe.grouped import grouped_experts, torch_grouped_mm
 
 _INSTALL = (
     "pip install --no-deps --no-build-isolation megablocks stanford-stk (it builds a CUDA "
-    "extension and needs nvcc), or use --dispatch fused"
+    "extension and needs nvcc), or use dispatch fused"
 )
 
 
@@ -33,7 +33,7 @@ class MegaBlocksDispatcher:
             self.ops: ModuleType = importlib.import_module("megablocks.ops")
         except ImportError as error:
             raise ValueError(
-                f"--dispatch megablocks: MegaBlocks cannot be imported ({error}); {_INSTALL}"
+                f"dispatch megablocks: MegaBlocks cannot be imported ({error}); {_INSTALL}"
             ) from error
         self.gmm: ModuleType | None = None
         if importlib.util.find_spec("grouped_gemm") is not None:
