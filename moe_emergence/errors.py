@@ -27,11 +27,11 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except ValueError as error:
-        if "--debug" in argv:
+        if _debugs(argv):
             raise
         return _fail(str(error), 2)
     except (RunError, OSError) as error:
-        if "--debug" in argv:
+        if _debugs(argv):
             raise
         return _fail(str(error), 1)
     except Exception as error:
@@ -39,10 +39,21 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
         from moe_emergence.dependencies import raised_in
 
         package = raised_in(error)
-        if package is None or "--debug" in argv:
+        if package is None or _debugs(argv):
             raise
         kind = type(error).__name__
         return _fail(f"{kind} in {package}: {error} (--debug shows where)", 1)
+
+
+def _debugs(argv: list[str]) -> bool:
+    """Whether the last --debug of a command line that may be wrong says yes."""
+    found = False
+    for place, word in enumerate(argv):
+        if word in ("--debug", "--debug=yes"):
+            found = argv[place + 1 : place + 2] != ["no"]
+        elif word in ("--no-debug", "--debug=no"):
+            found = False
+    return found
 
 
 def _fail(message: str, code: int) -> int:

@@ -30,7 +30,7 @@ def check_known(flag: str, given: str, known: Collection[str]) -> None:
 
 def did_you_mean(given: str, known: Collection[str]) -> str:
     """A question for the known name that is nearest, if any, to end a message with."""
-    near = difflib.get_close_matches(given, known, n=1)
+    near = difflib.get_close_matches(given, known, n=1, cutoff=0.7)
     return f"; did you mean {near[0]}?" if near else ""
 
 

@@ -313,9 +313,15 @@ def test_bad_flags_are_one_line_and_exit_code_2(
     assert not (tmp_path / "runs" / "tiny" / "config.json").exists()
 
 
-def test_debug_shows_the_traceback() -> None:
+@pytest.mark.parametrize("debug", ["--debug", "--debug yes", "--debug=yes", "--debug no --debug"])
+def test_debug_shows_the_traceback(debug: str) -> None:
     with pytest.raises(ValueError, match="--top-k 99"):
-        exit_code(train.main, ["--debug", "--top-k", "99"])
+        exit_code(train.main, [*debug.split(), "--top-k", "99"])
+
+
+@pytest.mark.parametrize("debug", ["--no-debug", "--debug no", "--debug=no", "--debug --no-debug"])
+def test_without_debug_there_is_none(debug: str) -> None:
+    assert exit_code(train.main, [*debug.split(), "--top-k", "99"]) == 2
 
 
 def test_help_groups_and_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
