@@ -231,8 +231,41 @@ def test_unknown_suites_settings_and_presets_are_refused(tmp_path: Path) -> None
         load_suite("nothing")
     with pytest.raises(ValueError, match=r"here: there is no setting optim\.steps"):
         with_changes(demo(), {"optim.steps": 1}, "here")
-    with pytest.raises(ValueError, match="--top-k 9"):
+    with pytest.raises(ValueError, match="here: --top-k 9"):
         with_changes(demo(), {"model.top_k": 9}, "here")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("optim.max_steps", "many", "--max-steps many: give a whole number"),
+        ("optim.max_steps", 1.5, r"--max-steps 1\.5: give a whole number"),
+        ("optim.max_steps", [1, 2], "2"),
+        ("optim.compare_dense", 3, "--compare-dense"),
+        ("model.router", "hsah", "'hsah' for argument '--router'"),
+        ("model.moe_layers", ["two"], "--moe-layers two: give a whole number"),
+    ],
+)
+def test_a_suite_is_refused_what_a_flag_is_refused(
+    setting: str, value: object, message: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"^here: .*{message}"):
+        with_changes(demo(), {setting: value}, "here")
+
+
+def test_a_suite_says_what_a_flag_says() -> None:
+    changes = {
+        "data.split_seed": "none",
+        "model.moe_layers": "none",
+        "optim.compare_dense": "no",
+        "optim.compare_null": False,
+        "optim.lb_coef": 1,
+        "run_name": "--odd",
+    }
+    found = with_changes(replace(demo(), data=replace(demo().data, split_seed=3)), changes, "here")
+    assert (found.data.split_seed, found.model.moe_layers, found.run_name) == (None, (), "--odd")
+    assert (found.optim.compare_dense, found.optim.compare_null) == (False, False)
+    assert isinstance(found.optim.lb_coef, float)
 
 
 def test_the_estimate_is_steps_times_measured_time(tmp_path: Path) -> None:
