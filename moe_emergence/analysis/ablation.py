@@ -17,7 +17,7 @@ from torch.nn import functional
 from emergence_kernels import route
 from moe_emergence.analysis.routers import RouterInfo, find_routers
 from moe_emergence.models import MixtureModel
-from moe_emergence.models.lower_layers import lower_states, lower_states_given
+from moe_emergence.models.lower_layers import lower_states_given, states_read
 from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.routing import TopKRouter
@@ -44,8 +44,8 @@ def block_losses(
 class Ablation:
     """A model's loss block by block (see `block_losses`), whole and without some of its experts.
 
-    What lies below this library's first mixture layer is the same for all, so it runs once; its
-    hidden states are kept, up to a GiB of them.
+    What lies below the lowest layer of this library's that lacks something is as it was: what each
+    mixture layer reads is kept, up to a GiB of it.
 
     Args:
         model: any mixture language model whose routers can be read; its mode is restored.
@@ -56,24 +56,28 @@ class Ablation:
     def __init__(self, model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int = 8) -> None:
         self.model, self.routers = model, find_routers(model)
         device, room = next(model.parameters()).device, _KEPT_BYTES
-        self._parts: list[tuple[str, Tensor, Tensor | None]] = []
+        self._parts: list[tuple[str, Tensor, dict[int, Tensor]]] = []
+        losses: dict[str, list[Floats]] = {}
         for domain, rows in _of_domains(blocks).items():
             for part in rows.split(batch_size):
-                ids, states = part.long().to(device), None
-                if isinstance(model, MixtureModel) and self.routers[0].layer and room > 0:
-                    with evaluating(model):
-                        states = lower_states(model, self.routers[0].layer, ids).cpu()
-                    room -= states.nbytes
-                self._parts.append((domain, ids, states))
-        self.whole = self.without({})
+                ids, kept = part.long().to(device), {}
+                with evaluating(model), torch.no_grad(), self._reading() as states:
+                    losses.setdefault(domain, []).append(_row_losses(model, ids))
+                for layer in sorted(states):
+                    if room > 0:
+                        kept[layer] = states[layer].cpu()
+                        room -= states[layer].nbytes
+                self._parts.append((domain, ids, kept))
+        self.whole = {domain: np.concatenate(found) for domain, found in losses.items()}
         """Per domain (R,) losses of the model as it is."""
 
     @torch.no_grad()
     def without(self, removed: Mapping[RouterInfo, Collection[int]]) -> dict[str, Floats]:
         """Per domain (R,) losses without the experts that are named for each router."""
         losses: dict[str, list[Floats]] = {}
+        lowest = min((router.layer for router, gone in removed.items() if gone), default=None)
         with without_experts(removed):
-            for domain, ids_RL in self.parts():
+            for domain, ids_RL in self.parts(lowest):
                 losses.setdefault(domain, []).append(_row_losses(self.model, ids_RL))
         return {domain: np.concatenate(found) for domain, found in losses.items()}
 
@@ -82,22 +86,29 @@ class Ablation:
         """Batches in `parts`."""
         return len(self._parts)
 
-    def parts(self) -> Iterator[tuple[str, Tensor]]:
+    def parts(self, lowest: int | None = None) -> Iterator[tuple[str, Tensor]]:
         """Domain and token ids (R, L) of every batch.
 
-        While it is the current one the model is in evaluation mode, and the layers below its first
-        mixture layer do not run.
+        While it is the current one the model is in evaluation mode, and the layers below the
+        mixture layer `lowest` (the first, if it is None) do not run.
         """
+        lowest = self.routers[0].layer if lowest is None else lowest
         with evaluating(self.model):
             for domain, ids, states in self._parts:
-                with self._above(None if states is None else states.to(ids.device)):
+                known = [layer for layer in states if layer <= lowest]
+                with self._above(max(known), states, ids.device) if known else nullcontext():
                     yield domain, ids
 
-    def _above(self, states: Tensor | None) -> AbstractContextManager[None]:
-        if states is None:
-            return nullcontext()
+    def _reading(self) -> AbstractContextManager[dict[int, Tensor]]:
+        if not isinstance(self.model, MixtureModel):
+            return nullcontext({})
+        return states_read(self.model, [router.layer for router in self.routers if router.layer])
+
+    def _above(
+        self, layer: int, states: dict[int, Tensor], device: torch.device
+    ) -> AbstractContextManager[None]:
         assert isinstance(self.model, MixtureModel)
-        return lower_states_given(self.model, self.routers[0].layer, states)
+        return lower_states_given(self.model, layer, states[layer].to(device))
 
 
 def _of_domains(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -105,7 +116,12 @@ def _of_domains(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _row_losses(model: nn.Module, ids_RL: Tensor) -> Floats:
-    logits = model(input_ids=ids_RL, use_cache=False).logits[:, :-1]
+    return next_token_losses(model(input_ids=ids_RL, use_cache=False).logits, ids_RL)
+
+
+def next_token_losses(logits_RLV: Tensor, ids_RL: Tensor) -> Floats:
+    """(R,) mean loss in nats of every block."""
+    logits = logits_RLV[:, :-1]
     flat = logits.reshape(-1, logits.shape[-1]).float()
     each = functional.cross_entropy(flat, ids_RL[:, 1:].reshape(-1), reduction="none")
     found: Floats = each.view(len(ids_RL), -1).double().mean(dim=1).cpu().numpy()

@@ -176,6 +176,8 @@ class RoutingCounts:
     """By layer, ascending."""
     between: dict[tuple[int, int], Ints] = field(default_factory=dict)
     """(E, E') tokens by first expert in a layer and in the next mixture layer."""
+    losses: dict[str, list[float]] = field(default_factory=dict)
+    """Per domain the mean next-token loss in nats of every block."""
     null_routers: int = NULL_ROUTERS
     """Random routers to count beside every layer's own."""
 

@@ -3,9 +3,10 @@
 Letters: E experts, R blocks.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
@@ -34,11 +35,11 @@ def knockout_table(
     rows: list[dict[str, Any]] = []
     with progress_bar("knocking out experts", 1 + len(routers) * num_experts) as advance:
         ablation = Ablation(model, blocks, batch_size)
-        whole = _of_domains(ablation.whole, blocks)
+        whole = mean_losses(ablation.whole, blocks)
         advance(1)
         for router in routers:
             for expert in range(num_experts):
-                losses = _of_domains(ablation.without({router: [expert]}), blocks)
+                losses = mean_losses(ablation.without({router: [expert]}), blocks)
                 rows += [
                     {
                         "layer": router.layer, "expert": expert, "domain": domain,
@@ -55,13 +56,14 @@ def domain_losses(
     model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int
 ) -> dict[str, tuple[float, int]]:
     """Next-token loss in nats and tokens predicted, per domain and of "all"."""
-    return _of_domains(block_losses(model, blocks, batch_size), blocks)
+    return mean_losses(block_losses(model, blocks, batch_size), blocks)
 
 
-def _of_domains(
-    each: Mapping[str, Floats], blocks: Mapping[str, Tensor]
+def mean_losses(
+    each: Mapping[str, Sequence[float] | Floats], blocks: Mapping[str, Tensor]
 ) -> dict[str, tuple[float, int]]:
+    """Loss in nats and tokens predicted, per domain and of "all", from every block's mean loss."""
     predicted = {domain: blocks[domain].shape[1] - 1 for domain in each}
-    sums = {d: (float(of.sum()) * predicted[d], len(of) * predicted[d]) for d, of in each.items()}
+    sums = {d: (float(np.sum(of)) * predicted[d], len(of) * predicted[d]) for d, of in each.items()}
     sums[ALL] = (sum(s for s, _ in sums.values()), sum(n for _, n in sums.values()))
     return {domain: (total / max(n, 1), n) for domain, (total, n) in sums.items()}

@@ -110,16 +110,20 @@ class RouterReader:
                 handle.remove()
             self._seen.clear()
 
-    @torch.no_grad()
     def read(self, token_ids: Tensor) -> list[LayerRouting]:
         """Run (B, L) token ids without padding; the decision of every layer, T = B*L in order."""
+        return self.read_and_predict(token_ids)[0]
+
+    @torch.no_grad()
+    def read_and_predict(self, token_ids: Tensor) -> tuple[list[LayerRouting], Tensor]:
+        """As `read`, and the model's logits (B, L, V)."""
         self._seen.clear()
         device = next(self.model.parameters()).device
-        self.model(input_ids=token_ids.long().to(device), use_cache=False)
+        logits = self.model(input_ids=token_ids.long().to(device), use_cache=False).logits
         missing = sorted(set(self.layers) - set(self._seen))
         if missing:
             raise ValueError(f"the routers of layers {missing} did not run: nothing to read")
-        return [self._seen[layer] for layer in self.layers]
+        return [self._seen[layer] for layer in self.layers], logits
 
     def _hook(self, router: RouterInfo, module: nn.Module, inputs: Any, output: Any) -> None:
         if isinstance(output, RouterDecision):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from moe_emergence.analysis.ablation import next_token_losses
 from moe_emergence.analysis.counts import GROUPS, NULL_ROUTERS, Batch, RoutingCounts
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.token_types import token_types
@@ -49,7 +50,10 @@ def count_routing(
                 batch = make_batch(
                     ids, domain, groups[start : start + batch_size], tokenizer, of_each[name]
                 )
-                counts.add(batch, reader.read(ids), seed)
+                routings, logits = reader.read_and_predict(ids)
+                counts.add(batch, routings, seed)
+                losses = next_token_losses(logits, ids.long().to(logits.device))
+                counts.losses.setdefault(name, []).extend(losses.tolist())
                 advance(len(ids))
     return counts
 

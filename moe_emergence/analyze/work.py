@@ -13,12 +13,13 @@ import transformers
 from torch import Tensor
 
 from moe_emergence.analysis.checkpoints import over_checkpoints
+from moe_emergence.analysis.counts import RoutingCounts
 from moe_emergence.analysis.documents import take
 from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
-from moe_emergence.analysis.knockout import domain_losses, knockout_table
+from moe_emergence.analysis.knockout import knockout_table, mean_losses
 from moe_emergence.analysis.module_sets import Naming
 from moe_emergence.analysis.module_test import modules_of
 from moe_emergence.analysis.report import write_report
@@ -104,7 +105,8 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         blocks = take(text.blocks, config.max_tokens)
         domains = list(dict.fromkeys([*domains, *blocks]))
         read |= text_read(source, blocks)
-        found = routing_tables(source, reader, blocks, text.classes, config)
+        counted = routing_of(source, reader, blocks, text.classes, config)
+        found = routing_tables(source, counted, config)
         num_experts = int(found["expert_load"]["expert"].nunique())
         found |= model_tables(source, reader, blocks, config, num_experts, device)
         if config.test == "modules":
@@ -112,7 +114,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
             found |= tested
             for domain in config.keep_experts:
                 write_kept(source, reader, naming, domain, config.keep, folder / f"kept-{domain}")
-        about.append(describe(source, reader, blocks, config.batch_size, found))
+        about.append(describe(source, reader, blocks, counted, found))
         texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
         for key, table in found.items():
             tables.setdefault(key, []).append(table.assign(run=name))
@@ -160,18 +162,18 @@ def check_domains(text: Text, config: AnalyzeConfig) -> None:
     check(not unknown, "--keep-experts", " ".join(unknown), f"choose from {', '.join(text.blocks)}")
 
 
-def routing_tables(
+def routing_of(
     source: Source,
     reader: RouterReader,
     blocks: dict[str, Tensor],
     classes: dict[str, TokenClass],
     config: AnalyzeConfig,
-) -> Tables:
-    """Where the tokens go, and what that tells of them."""
+) -> RoutingCounts:
+    """Where the tokens of the text go, and their loss."""
     readable = is_byte_level(source.tokenizer)
     if not readable:
         logger.warning("%s: no token types, its tokenizer is not a byte-level one", source.name)
-    counted = count_routing(
+    return count_routing(
         reader,
         blocks,
         source.tokenizer if readable else None,
@@ -179,6 +181,10 @@ def routing_tables(
         batch_size=config.batch_size,
         seed=config.seed,
     )
+
+
+def routing_tables(source: Source, counted: RoutingCounts, config: AnalyzeConfig) -> Tables:
+    """What is to be told of where tokens go."""
     vocabulary, specialisation = vocabulary_tables(
         counted.layers, lambda token: str(source.tokenizer.decode([token]))
     )
@@ -243,12 +249,12 @@ def describe(
     source: Source,
     reader: RouterReader,
     blocks: dict[str, Tensor],
-    batch_size: int,
+    counted: RoutingCounts,
     tables: Tables,
 ) -> dict[str, Any]:
     """The run's entry in `analysis.json`."""
     load = tables["expert_load"]
-    losses = domain_losses(source.model, blocks, batch_size)
+    losses = mean_losses(counted.losses, blocks)
     return {
         "name": source.name,
         "source": source.place,

@@ -3,8 +3,9 @@
 Letters: B sequences, L tokens each, H model width.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +48,23 @@ def lower_states(model: PreTrainedModel, first: int, input_ids_BL: Tensor) -> Te
         model.base_model(input_ids=input_ids_BL, use_cache=False)
     assert reader.read is not None
     return reader.read
+
+
+@contextmanager
+def states_read(model: PreTrainedModel, places: Collection[int]) -> Iterator[dict[int, Tensor]]:
+    """Within the block, the hidden states (B, L, H) that the layers at `places` read last."""
+    found: dict[int, Tensor] = {}
+
+    def keep(place: int, layer: nn.Module, read: tuple[Any, ...]) -> None:
+        found[place] = read[0].detach()
+
+    layers = layers_of(model)
+    hooks = [layers[n].register_forward_pre_hook(partial(keep, n)) for n in places]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextmanager

@@ -78,7 +78,7 @@ def heatmaps(
                     dark = abs(cell) > 0.6 * top if signed else cell < 0.5 * top
                     axis.text(
                         c, r, written(cell, form), ha="center", va="center", fontsize=6,
-                        color="white" if dark else "black",
+                        color="white" if dark else "black", in_layout=False,
                     )  # fmt: skip
     bar = figure.colorbar(colours, ax=axes)
     bar.set_label(textwrap.fill(label, max(20, int(9 * figure.get_figheight()))), fontsize=8)
