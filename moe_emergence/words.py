@@ -59,7 +59,7 @@ def _optional(info: PrimitiveTypeInfo) -> Spec | None:
     return _spec(
         f"{spec.metavar}|none",
         lambda words: None if words == [NONE] else spec.instance_from_str(words),
-        lambda value: value is None or spec.is_instance(value) is True,
+        lambda value: value is None or bool(spec.is_instance(value)),
     )
 
 

@@ -18,10 +18,10 @@ from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.analysis.sources import TextChoice, load_model, open_source, read_text
+from moe_emergence.analysis.sources import Source, TextChoice, load_model, open_source, read_text
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import main
-from moe_emergence.analyze.work import analyze, output_folder, source_names
+from moe_emergence.analyze.work import analyze, made_by, output_folder, source_names
 from moe_emergence.config import SHIPPED, RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.errors import RunError
@@ -31,6 +31,11 @@ from moe_emergence.training.experiment import run_experiment
 
 pytestmark = pytest.mark.slow
 
+MADE_BY = {
+    "train.py": "python -m moe_emergence.train --seed 3",
+    "moe-emergence": "python -m moe_emergence --seed 3",
+    "moe_emergence.py": "python -m moe_emergence --seed 3",
+}
 FEW = ("--permutations", "39", "--device", "cpu", "--max-tokens", "0")
 
 
@@ -291,3 +296,10 @@ def test_a_full_disk_leaves_no_half_table(tmp_path: Path, monkeypatch: pytest.Mo
         write_tables(tmp_path, {"load": table.assign(layer=2)})
     assert (tmp_path / "tables/load.parquet").read_bytes() == before
     assert {path.name for path in (tmp_path / "tables").iterdir()} == {"load.parquet", "load.csv"}
+
+
+@pytest.mark.parametrize("program", MADE_BY)
+def test_the_command_of_a_run_can_be_typed_again(program: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.environment.write_text(json.dumps({"command": [program, "--seed", "3"]}))
+    assert made_by(Source("", "", "run", None, None, run)) == MADE_BY[program]

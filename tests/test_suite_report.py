@@ -333,7 +333,7 @@ def test_a_frozen_router_that_started_at_clusters_is_no_null_model(tmp_path: Pat
     )
     folder = write_suite(tmp_path, plans)
     records = collect(read_suite(folder))
-    table, _ = specialisation(records, lambda routing, seed: None, FEW)
+    table, _ = specialisation(records, lambda routing, seed, classes: None, FEW)
     assert set(table["router"]) == {"frozen", "frozen at clusters"}
     against = against_nulls(table)
     assert set(zip(against["variant"], against["null"], strict=True)) == {("clusters", "frozen")}

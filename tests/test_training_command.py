@@ -123,6 +123,7 @@ def test_run_folder_holds_what_the_contract_names(
     assert (run.root / "dense-base" / "run_summary.json").is_file()
     environment = read_json(run.environment)
     assert {"python", "packages", "device", "commit", "precision"} <= environment.keys()
+    assert environment["command"][:2] == ["train.py", "--dispatch"]
 
 
 def test_metrics_have_the_documented_keys_at_the_documented_steps(
@@ -157,10 +158,13 @@ def test_table_on_screen_is_what_was_measured(
 ) -> None:
     run, done = finished
     last = read_metrics(run.metrics)[-1]
-    row = next(line for line in done.stdout.splitlines() if "mixture of experts" in line)
-    shown = [float(number) for number in re.findall(r"\d\.\d{4}", row)]
-    keys = [*(f"eval/lm_loss_{domain}" for domain in SHIPPED), "eval/lm_loss"]
-    assert shown == [round(last[key], 4) for key in keys]
+    dense = read_metrics(run.root / "dense" / "metrics.jsonl")[-1]
+    keys = {domain: f"eval/lm_loss_{domain}" for domain in SHIPPED} | {"all": "eval/lm_loss"}
+    for name, key in keys.items():
+        row = next(line for line in done.stdout.splitlines() if f"│ {name} " in line)
+        shown = [float(number) for number in re.findall(r"[-+]?\d\.\d{4}", row)]
+        assert shown[1:3] == [round(last[key], 4), round(dense[key], 4)]
+        assert shown[4] == round(last[key] - dense[key], 4)
 
 
 def test_mixture_starts_from_its_dense_base(
