@@ -15,10 +15,11 @@ from warm_commands import run_warm
 from moe_emergence.analysis.documents import main_documents, spread, take
 from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
+from moe_emergence.analysis.loading import Placement, load_model
 from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.analysis.sources import Source, TextChoice, load_model, open_source, read_text
+from moe_emergence.analysis.sources import Source, TextChoice, open_source, read_text
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import main
 from moe_emergence.analyze.work import analyze, made_by, output_folder, source_names
@@ -105,7 +106,7 @@ def test_experts_begin_at_the_dense_base_and_saturation_ends_at_one(analysed: Pa
 
 
 def test_explorer_pieces_join_to_the_text(analysed: Path, run: RunFolder) -> None:
-    _, tokenizer = load_model(str(run.final_model), "cpu")
+    _, tokenizer = load_model(str(run.final_model), Placement())
     (one,) = json.loads((analysed / "explorer.json").read_text())["runs"]
     assert {text["domain"] for text in one["texts"]} == set(SHIPPED)
     for text in one["texts"]:
@@ -119,7 +120,7 @@ def test_explorer_pieces_join_to_the_text(analysed: Path, run: RunFolder) -> Non
 def test_a_hugging_face_mixture_in_a_folder(
     family: str, run: RunFolder, data_folder: Path, cache_folder: Path, tmp_path: Path
 ) -> None:
-    _, tokenizer = load_model(str(run.final_model), "cpu")
+    _, tokenizer = load_model(str(run.final_model), Placement())
     folder = tmp_path / family
     tiny_mixture(family).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -133,7 +134,7 @@ def test_a_hugging_face_mixture_in_a_folder(
     assert list(modules["corpus"]) == ["second half"] * 3 + [str(tmp_path / "other")] * 3
     assert (modules["sets"] == 15).all()  # one of four experts in two layers
     # of blocks that are far apart no document is lost
-    source = open_source(str(folder), family, "cpu")
+    source = open_source(str(folder), family, Placement())
     text = read_text(
         source, TextChoice(str(data_folder), block_size=16, cache_dir=str(cache_folder))
     ).blocks
@@ -170,7 +171,7 @@ def test_a_run_is_read_on_its_own_evaluation_documents(
     run: RunFolder, cache_folder: Path, data_folder: Path, tmp_path: Path
 ) -> None:
     """In shorter blocks too, and when --data names what it was trained on."""
-    source = open_source(str(run.root), "run", "cpu")
+    source = open_source(str(run.root), "run", Placement())
     assert source.config is not None
     own = prepare_data(source.config.data, source.config.seed).eval_blocks
     for data in (None, str(data_folder), f"{data_folder.parent}/./{data_folder.name}"):
@@ -187,7 +188,7 @@ def test_a_run_is_read_on_its_own_evaluation_documents(
     manifest = read_json(copy.data_manifest)
     manifest["domains"]["math"]["eval"]["sha256"] = "other"
     copy.data_manifest.write_text(json.dumps(manifest))
-    changed = open_source(str(copy.root), "run", "cpu")
+    changed = open_source(str(copy.root), "run", Placement())
     with pytest.raises(ValueError, match=r"cannot be made again \(domains\.math\.eval\.sha256"):
         read_text(changed, TextChoice(cache_dir=str(cache_folder)))
 
@@ -212,7 +213,7 @@ def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_p
     blocks = prepare_data(config.data, config.seed).eval_blocks
     _, second = halves(blocks)
     for domain in ("code", "math"):
-        model, _ = load_model(str(tmp_path / f"kept-{domain}"), "cpu")
+        model, _ = load_model(str(tmp_path / f"kept-{domain}"), Placement())
         assert model.config.num_experts == 2
         losses = domain_losses(model, take(second, 400), 8)
         for on in SHIPPED:

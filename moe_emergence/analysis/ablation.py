@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from emergence_kernels import route
+from moe_emergence.analysis.loading import input_device
 from moe_emergence.analysis.routers import RouterInfo, find_routers
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.lower_layers import lower_states_given, states_read
@@ -32,7 +33,7 @@ def block_losses(
     model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int
 ) -> dict[str, Floats]:
     """(R,) mean next-token loss in nats of every block, for the domains that have any."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     return {
         domain: np.concatenate([
             _row_losses(model, part.long().to(device)) for part in rows.split(batch_size)
@@ -55,7 +56,7 @@ class Ablation:
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int = 8) -> None:
         self.model, self.routers = model, find_routers(model)
-        device, room = next(model.parameters()).device, _KEPT_BYTES
+        device, room = input_device(model), _KEPT_BYTES
         self._parts: list[tuple[str, Tensor, dict[int, Tensor]]] = []
         losses: dict[str, list[Floats]] = {}
         for domain, rows in _of_domains(blocks).items():

@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from moe_emergence.analysis.loading import Placement, load_model
 from moe_emergence.analysis.router_gradients import router_gradients
 from moe_emergence.analysis.routers import RouterReader
-from moe_emergence.analysis.sources import load_model
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import RunFolder
 
@@ -30,7 +30,11 @@ class OverCheckpoints:
 
 
 def over_checkpoints(
-    run: RunFolder, blocks: Mapping[str, Tensor], *, device: str = "cpu", batch_size: int = 8
+    run: RunFolder,
+    blocks: Mapping[str, Tensor],
+    placement: Placement = Placement(),  # noqa: B008 - frozen
+    *,
+    batch_size: int = 8,
 ) -> OverCheckpoints:
     """Route the blocks (R, L) of each domain through every checkpoint; a model at a time.
 
@@ -47,7 +51,7 @@ def over_checkpoints(
     gradients: list[dict[str, Any]] = []
     with progress_bar("routing of the checkpoints", len(steps)) as advance:
         for step in steps:
-            model, _ = load_model(str(run.checkpoint(step)), device)
+            model, _ = load_model(str(run.checkpoint(step)), placement)
             reader = RouterReader(model)
             parts, found = _route(reader, blocks, batch_size)
             chosen[step] = parts

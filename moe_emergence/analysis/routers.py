@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_emergence.analysis.loading import input_device
 from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import RouterDecision, TopKRouter
 from moe_emergence.moe.pools import DocumentPools
@@ -118,7 +119,7 @@ class RouterReader:
     def read_and_predict(self, token_ids: Tensor) -> tuple[list[LayerRouting], Tensor]:
         """As `read`, and the model's logits (B, L, V)."""
         self._seen.clear()
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         logits = self.model(input_ids=token_ids.long().to(device), use_cache=False).logits
         missing = sorted(set(self.layers) - set(self._seen))
         if missing:

@@ -6,6 +6,7 @@ from typing import Literal
 import tyro
 
 from moe_emergence.config.data import token_classes
+from moe_emergence.names import SPREAD, WeightDtype
 from moe_emergence.settings import check
 
 
@@ -32,7 +33,10 @@ class AnalyzeConfig:
     gallery: str | None = None
     """Markdown file to show the figures in."""
     device: str = "auto"
-    """Where to run: auto (cuda where there is one), cpu or cuda."""
+    """Where to run: auto (cuda where there is one), cpu, cuda, or spread (all GPUs, and the host's
+    memory for what is left)."""
+    dtype: WeightDtype = "auto"
+    """What to load weights as: auto (as they were saved), fp32, bf16 or fp16."""
     max_tokens: int = 200_000
     """Tokens to route at most, shared by the domains; 0 for all."""
     block_size: int | None = None
@@ -105,8 +109,8 @@ class AnalyzeConfig:
         check(self.keep >= 1, "--keep", self.keep, "give at least 1")
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give a number from 0 to 2^31 - 1")
         check(
-            self.device in ("auto", "cpu") or self.device.startswith("cuda"),
+            self.device in ("auto", "cpu", SPREAD) or self.device.startswith("cuda"),
             "--device",
             self.device,
-            "give auto, cpu or cuda",
+            "give auto, cpu, cuda or spread",
         )

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import moe_emergence.models  # noqa: F401 - makes its model type known to transformers
+from moe_emergence.analysis.loading import Placement, load_model
 from moe_emergence.config import DataConfig, RunConfig, TokenClass
 from moe_emergence.config.data import token_classes
 from moe_emergence.data import PreparedData, prepare_data
 from moe_emergence.data.manifest import entry
-from moe_emergence.hub_access import check_model_reachable, reason
 from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.settings import check, from_dict
 
@@ -38,8 +36,8 @@ class Source:
     step: int | None = None
 
 
-def open_source(place: str, name: str, device: str) -> Source:
-    """Load what `place` names, in fp32 on `device`.
+def open_source(place: str, name: str, placement: Placement) -> Source:
+    """Load what `place` names.
 
     A run folder gives its `final-model`, else its `best-model`, else its newest checkpoint.
 
@@ -51,29 +49,14 @@ def open_source(place: str, name: str, device: str) -> Source:
     if run.config.is_file() and (run.metrics.is_file() or run.checkpoints.is_dir()):
         folder, step = _model_of(run)
         config = _run_config(run)
-        model, tokenizer = load_model(str(folder), device)
+        model, tokenizer = load_model(str(folder), placement)
         return Source(name, str(folder), "run", model, tokenizer, run, config, step)
     if root.exists() and not (root / MODEL_FILE).is_file():
         raise ValueError(
             f"SOURCE {place}: neither a run folder nor a model folder (no {MODEL_FILE} in it)"
         )
-    model, tokenizer = load_model(place, device)
+    model, tokenizer = load_model(place, placement)
     return Source(name, place, "model", model, tokenizer)
-
-
-def load_model(place: str, device: str) -> tuple[Any, "PreTrainedTokenizerBase"]:
-    """Model and tokenizer of a folder or a hub id; `ValueError` naming SOURCE otherwise."""
-    try:
-        if not Path(place).is_dir():
-            check_model_reachable(place)
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"SOURCE {place}: no model with a tokenizer could be loaded ({reason(error)}); give a "
-            "run folder, a model folder, or the id of a model on the hub"
-        ) from error
-    return model.to(device).eval(), tokenizer
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
 from moe_emergence.analysis.knockout import knockout_table, mean_losses
+from moe_emergence.analysis.loading import Placement, load_model
 from moe_emergence.analysis.module_sets import Naming
 from moe_emergence.analysis.module_test import modules_of
 from moe_emergence.analysis.report import write_report
@@ -38,7 +39,6 @@ from moe_emergence.analysis.sources import (
     Source,
     Text,
     TextChoice,
-    load_model,
     open_source,
     read_text,
 )
@@ -50,7 +50,6 @@ from moe_emergence.begin import begin
 from moe_emergence.config import TokenClass
 from moe_emergence.config.data import ALL
 from moe_emergence.data.samples import poor_share, samples, unlike
-from moe_emergence.device import find_device
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import read_json, write_json
@@ -86,7 +85,7 @@ def output_folder(config: AnalyzeConfig) -> Path:
 
 def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     """Write tables, figures, `explorer.json`, `analysis.json` and the report into `folder`."""
-    device = str(find_device(config.device))
+    placement = Placement(config.device, config.dtype)
     tables: dict[str, list[pd.DataFrame]] = {}
     about: list[dict[str, Any]] = []
     texts: list[dict[str, Any]] = []
@@ -97,7 +96,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         config.block_size, config.cache_dir,
     )  # fmt: skip
     for place, name in zip(config.sources, source_names(config.sources), strict=True):
-        source = open_source(place, name, device)
+        source = open_source(place, name, placement)
         reader = RouterReader(source.model)
         text = read_text(source, choice)
         check_domains(text, config)
@@ -108,7 +107,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
         counted = routing_of(source, reader, blocks, text.classes, config)
         found = routing_tables(source, counted, config)
         num_experts = int(found["expert_load"]["expert"].nunique())
-        found |= model_tables(source, reader, blocks, config, num_experts, device)
+        found |= model_tables(source, reader, blocks, config, num_experts, placement)
         if config.test == "modules":
             tested, naming = modules_of(source, text, config)
             found |= tested
@@ -207,21 +206,25 @@ def model_tables(
     blocks: dict[str, Tensor],
     config: AnalyzeConfig,
     num_experts: int,
-    device: str,
+    placement: Placement,
 ) -> Tables:
     """What the experts are, what they are for, and how they came about."""
     few = take(blocks, config.knockout_tokens or 6_000)
+    tables: Tables = {}
     base = None
     if source.run is not None and (source.run.root / "dense-base/final-model").is_dir():
-        base, _ = load_model(str(source.run.root / "dense-base/final-model"), device)
-    alike = compare_experts(reader, sample_ids([few[d] for d in few], 2), base)
-    tables = {"similarity": alike.similarity, "movement": alike.movement}
+        base, _ = load_model(str(source.run.root / "dense-base/final-model"), placement)
+    if any(weight.is_meta for weight in source.model.parameters()):
+        logger.warning("%s: experts are not compared, weights are offloaded", source.name)
+    else:
+        alike = compare_experts(reader, sample_ids([few[d] for d in few], 2), base)
+        tables |= {"similarity": alike.similarity, "movement": alike.movement}
     if config.knockout_tokens:
         tables["knockout"] = knockout_table(
             source.model, few, num_experts, batch_size=config.batch_size
         )
     if source.run is not None:
-        over = over_checkpoints(source.run, few, device=device, batch_size=config.batch_size)
+        over = over_checkpoints(source.run, few, placement, batch_size=config.batch_size)
         tables |= vars(over)
         tables |= training_tables(source.run)
     return tables
