@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(description: str, total: float) -> Iterator[Callable[[float], None]]:
+def progress_bar(description: str, total: float | None) -> Iterator[Callable[[float], None]]:
     """Show a bar while the block runs and yield the function that advances it by an amount.
 
-    Nothing is written where stderr is not a terminal. `total` and the amounts share one unit.
+    Nothing is written where stderr is not a terminal, and nothing stays there. `total` and the
+    amounts share one unit; without a total the bar only shows that something is being done.
     """
     from rich.console import Console
     from rich.progress import Progress

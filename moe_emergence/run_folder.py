@@ -10,6 +10,14 @@ from typing import Any
 
 from moe_emergence.errors import RunError
 
+STAGES = {
+    "base": "dense base",
+    "moe": "mixture",
+    "dense": "dense",
+    "null": "random router",
+}
+"""What the runs of an experiment are called, by role."""
+
 
 @dataclass(frozen=True)
 class RunFolder:

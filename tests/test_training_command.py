@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -20,6 +21,7 @@ from moe_emergence.config import SHIPPED
 from moe_emergence.domain_fractions import DomainFractions, read_domain_fractions
 from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.training.next_commands import commands_to_look, resume_command
 
 pytestmark = pytest.mark.slow
 
@@ -67,6 +69,12 @@ def test_demo_ends_well_and_says_so(
     assert "Traceback" not in done.stderr
     assert "mixture - dense" in done.stdout
     assert "mixture - random" in done.stdout
+    analyze, generate = done.stdout.split("next:\n")[1].splitlines()
+    assert analyze.split("#")[0].split() == ["python", "-m", "moe_emergence.analyze", "runs/demo"]
+    words = shlex.split(generate)
+    assert words[:3] == ["python", "-m", "moe_emergence.generate"]
+    assert run.root / "best-model" == run.root.parents[1] / words[words.index("--checkpoint") + 1]
+    assert "--show-routing" in words
     null = RunFolder(run.root / "null")
     bits = [_bits(read_domain_fractions(of.expert_domain)) for of in (run, null)]
     shown = "tells {} of 1.58 bits of a token's domain (layer by layer); a random router's {}."
@@ -208,7 +216,8 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(
 ) -> None:
     endless = [*tiny_flags, "--max-steps", "100000", "--eval-every", "100000", "--run-name", "c"]
     errors = tmp_path / "errors.txt"
-    process = WarmCommand([*TRAIN, *endless], tmp_path, tmp_path / "printed.txt", errors)
+    printed = tmp_path / "printed.txt"
+    process = WarmCommand([*TRAIN, *endless], tmp_path, printed, errors)
     run = RunFolder(tmp_path / "runs" / "c")
     deadline = time.monotonic() + 120
     while not run.checkpoint_steps() and process.poll() is None and time.monotonic() < deadline:
@@ -219,9 +228,54 @@ def test_ctrl_c_saves_a_checkpoint_and_resume_goes_on(
     assert summary["status"] == "interrupted"
     assert run.checkpoint_steps()[-1] == summary["final_step"] > 0
     assert read_metrics(run.metrics)[-1]["step"] == summary["final_step"]
-    more = [*endless, "--resume", "auto", "--stop-after", str(summary["final_step"] + 1)]
-    assert exit_code(train.main, more) == 0
+    program, *more = shlex.split(printed.read_text("utf-8").split("to go on:\n")[1])
+    assert (program, *more[:2]) == ("python", *TRAIN)
+    more += ["--stop-after", str(summary["final_step"] + 1)]
+    assert exit_code(train.main, more[2:]) == 0
     assert read_json(run.summary)["final_step"] == summary["final_step"] + 1
+
+
+def test_an_end_at_once_says_how_to_go_on(
+    tiny_flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def interrupted(config: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "run_experiment", interrupted)
+    assert exit_code(train.main, tiny_flags) == 130
+    assert f"to go on: python -m moe_emergence.train {shlex.join(tiny_flags)}" in caplog.text
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_going_on_takes_the_flags_but_not_where_to_begin_and_stop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    flags = [
+        "--stop-after",
+        "3",
+        "--run-name",
+        "a b",
+        "--resume=auto",
+        "--resume",
+        "old",
+        "--debug",
+    ]
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    expected = "-m moe_emergence.train --run-name 'a b' --debug --resume auto"
+    assert resume_command(flags) == f"python {expected}"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert resume_command(flags) == f"(your launcher) {expected}"
+
+
+def test_a_dense_run_is_not_to_be_analysed(tmp_path: Path) -> None:
+    (command,) = commands_to_look(RunFolder(tmp_path / "my run"), is_mixture=False)
+    words = shlex.split(command)
+    assert words[2] == "moe_emergence.generate"
+    assert str(tmp_path / "my run" / "best-model") in words
+    assert "--show-routing" not in words
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_older_checkpoint(

@@ -5,6 +5,8 @@ import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -184,11 +186,57 @@ def test_tensorboard_gets_every_row(tiny_config: RunConfig) -> None:
     assert {e.step for e in events.Scalars("eval/lm_loss")} == {0, 3, 6}
 
 
-def test_wandb_is_asked_for_only_when_wanted(
-    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_a_tracker_is_asked_for_only_when_wanted(
+    name: Any, tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config = replace(tiny_config, monitor=replace(tiny_config.monitor, track="wandb"))
-    with pytest.raises(ValueError, match=r"--track wandb.*pip install 'moe-emergence\[wandb\]'"):
+    monkeypatch.setitem(sys.modules, name, None)
+    config = replace(tiny_config, monitor=replace(tiny_config.monitor, track=name))
+    message = rf"--track {name}.*pip install 'moe-emergence\[{name}\]'"
+    with pytest.raises(ValueError, match=message):
         run_experiment(config)
     assert not Path(config.output_dir).exists()
+
+
+class StandInForTrackio(ModuleType):
+    """As much of trackio as accelerate's tracker calls."""
+
+    def __init__(self) -> None:
+        super().__init__("trackio")
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.config: dict[str, Any] = {}
+        self.finished = 0
+
+    def init(self, **options: Any) -> "StandInForTrackio":
+        self.started.append(options)
+        self.config = StandInConfig()
+        return self
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.logged.append({"step": step, **values})
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class StandInConfig(dict[str, Any]):
+    def update(self, values: dict[str, Any], allow_val_change: bool) -> None:  # type: ignore[override]
+        super().update(values)
+
+
+def test_trackio_gets_every_row_of_its_run(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackio = StandInForTrackio()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    config = replace(tiny_config, monitor=replace(tiny_config.monitor, track="trackio"))
+    run_experiment(config)
+    run = RunFolder(Path(config.output_dir) / "tiny")
+    rows = read_metrics(RunFolder(run.root / "dense-base").metrics) + read_metrics(run.metrics)
+    assert trackio.logged == rows
+    names = [options["name"] for options in trackio.started]
+    assert names == ["tiny base", "tiny"]
+    assert all(options["resume"] == "allow" for options in trackio.started)
+    assert trackio.config["optim.max_steps"] == 6
+    assert trackio.finished == 2

@@ -11,14 +11,7 @@ from rich.table import Table
 from moe_emergence.analysis.information import mutual_information
 from moe_emergence.config.data import ALL
 from moe_emergence.domain_fractions import read_domain_fractions
-from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
-
-_TITLES = {
-    "base": "dense base",
-    "moe": "mixture",
-    "dense": "dense",
-    "null": "random router",
-}
+from moe_emergence.run_folder import STAGES, RunFolder, losses_by_domain, read_json, read_metrics
 
 
 def last_evaluation(run: RunFolder) -> dict[str, Any] | None:
@@ -36,7 +29,7 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
     domains = list(dict.fromkeys(d for row in rows.values() for d in losses_by_domain(row)))
     keys = {domain: f"eval/lm_loss_{domain}" for domain in domains} | {ALL: "eval/lm_loss"}
     columns = {
-        _TITLES[role]: [
+        STAGES[role]: [
             str(row["step"]),
             *(f"{row[k]:.4f}" for k in keys.values()),
             _speed(runs[role]),

@@ -31,9 +31,12 @@ class MonitorConfig:
     """Steps between collapse checks."""
     collapse_early_stop: bool = False
     """End the run at a collapse, with status collapsed."""
-    track: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    track: Literal["none", "tensorboard", "trackio", "wandb"] = "tensorboard"
     """Where metrics go besides metrics.jsonl; a tracker that fails warns and never stops training.
     """
+    live: bool = True
+    """On a terminal, show under the progress bar how every mixture layer spreads its tokens over
+    the experts, and its churn."""
 
     def __post_init__(self) -> None:
         for flag, value in (

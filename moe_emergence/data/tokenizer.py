@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,9 +127,10 @@ def train_bpe(texts: Sequence[str], vocab_size: int) -> "PreTrainedTokenizerFast
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=False,  # its own bars stay on the screen
     )
-    backend.train_from_iterator(texts, trainer=trainer, length=len(texts))
+    with progress_bar("training a tokenizer", None):
+        backend.train_from_iterator(texts, trainer=trainer, length=len(texts))
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token=END_OF_TEXT,

@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
 
     from moe_emergence.train.work import train
 
-    return train(config)
+    return train(config, argv)
 
 
 def preset_name(argv: list[str]) -> str:

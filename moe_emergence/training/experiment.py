@@ -33,7 +33,7 @@ from moe_emergence.models.loading import (
     new_dense_model,
 )
 from moe_emergence.moe import get_dispatcher
-from moe_emergence.run_folder import RunFolder, read_json, write_json
+from moe_emergence.run_folder import STAGES, RunFolder, read_json, write_json
 from moe_emergence.settings import check, from_dict, to_dict
 from moe_emergence.training.checkpoint import Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
@@ -90,15 +90,21 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     check_can_tune(config, accelerator)
     check_can_capture(config, accelerator)
     check_can_shard(config, accelerator)
+    if accelerator.is_main_process:
+        logger.info("%s: preparing the text of --data %s", config.run_name, config.data.data)
     data = _prepare(config, accelerator)
     check_same_data_as(run, checkpoint, data.manifest)
     begun: list[Stage] = []
     planned = [s for s in stages(config, run) if _is_needed(s, checkpoint, config)]
     status, stopped = "completed", False
-    for stage in planned:
+    for number, stage in enumerate(planned, start=1):
         begun.append(stage)
+        place = f"{number} of {len(planned)}" if len(planned) > 1 else ""
+        if place and accelerator.is_main_process:
+            steps = stage.config.optim.max_steps
+            logger.info("stage %s: %s, %d steps", place, STAGES[stage.role], steps)
         found = checkpoint if stage.run == run else find_checkpoint("auto", stage.run)
-        summary, stopped = _run_stage(stage, data, accelerator, found)
+        summary, stopped = _run_stage(stage, place, data, accelerator, found)
         status = summary.status
         if stopped and status == "completed" and stage is not planned[-1]:
             status = "interrupted"
@@ -227,7 +233,11 @@ def _start_folder(
 
 
 def _run_stage(
-    stage: Stage, data: PreparedData, accelerator: Accelerator, checkpoint: Checkpoint | None
+    stage: Stage,
+    place: str,
+    data: PreparedData,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
 ) -> tuple[RunSummary, bool]:
     """How the stage ended, and whether a signal asked to stop while it ran."""
     run, config = stage.run, stage.config
@@ -245,7 +255,7 @@ def _run_stage(
         dispatch = dispatch_of(config, accelerator)
         model.set_dispatch(dispatch, measured(config, model, accelerator))
     check_layers_exist(config.model, model.config.num_hidden_layers)
-    trainer = Trainer(config, model, data, run, accelerator, checkpoint)
+    trainer = Trainer(config, model, data, run, accelerator, checkpoint, place)
     summary = trainer.train()
     accelerator.free_memory()
     return summary, trainer.stop_requested

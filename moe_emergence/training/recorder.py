@@ -11,6 +11,7 @@ from moe_emergence.run_folder import MetricsWriter, RunFolder
 from moe_emergence.settings import to_dict
 from moe_emergence.training.metrics import StepRecord, check_finite, step_row
 from moe_emergence.training.progress import TrainingProgress
+from moe_emergence.training.routing_view import RoutingView
 from moe_emergence.training.tracking import Tracking
 
 
@@ -22,6 +23,7 @@ class Recorder:
         run: its folder.
         domains: of the training text, in the order of the loader's.
         is_main: whether this process writes.
+        stage: which of an experiment's runs it is, for the progress bar.
         tokens_per_step: over all processes.
         first_step: steps done already; rows of later ones are dropped. -1 drops all.
         train_seconds: spent on those steps.
@@ -34,6 +36,7 @@ class Recorder:
         *,
         domains: Sequence[str],
         is_main: bool,
+        stage: str,
         tokens_per_step: int,
         first_step: int,
         train_seconds: float,
@@ -50,8 +53,14 @@ class Recorder:
             self._metrics.keep_up_to(first_step)
         tracker = config.monitor.track if is_main else "none"
         self._tracking = Tracking(tracker, run.root, config.run_name, to_dict(config))
+        view = RoutingView(config.model.moe_layers, config.model.num_experts)
         self._progress = TrainingProgress(
-            config.run_name, max(first_step, 0), config.optim.max_steps, enabled=is_main
+            config.run_name,
+            stage,
+            max(first_step, 0),
+            config.optim.max_steps,
+            view if config.monitor.live else None,
+            enabled=is_main,
         )
 
     def __enter__(self) -> "Recorder":
@@ -101,12 +110,13 @@ class Recorder:
         self._write(good)
         if failure is not None:
             raise self.failure(failure)
-        self._progress.update(rows[-1]["step"], rows[-1]["train/lm_loss"], rate)
+        self._progress.update(rows[-1])
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Write the row of an evaluation."""
-        self._progress.evaluated(step, metrics)
-        self._write([{"step": step, **metrics}])
+        row = {"step": step, **metrics}
+        self._progress.evaluated(row)
+        self._write([row])
 
     def failure(self, reason: str) -> RunError:
         """The error that ends the run for `reason`, with advice."""

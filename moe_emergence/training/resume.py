@@ -34,6 +34,7 @@ _FREE = frozenset(
         "monitor.log_every",
         "monitor.log_router_every",
         "monitor.track",
+        "monitor.live",
     }
 )
 

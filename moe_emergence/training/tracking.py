@@ -1,11 +1,17 @@
 """Metric trackers: local first, and never a reason for training to stop."""
 
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import (
+    GeneralTracker,
+    TensorBoardTracker,
+    TrackioTracker,
+    WandBTracker,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +22,8 @@ class Tracking:
     `metrics.jsonl` is written elsewhere and is complete whatever happens here.
 
     Args:
-        name: "none", "tensorboard" (event files in `folder`/tensorboard) or "wandb".
+        name: "none", "tensorboard" (event files in `folder`/tensorboard), "trackio" (where it keeps
+            its databases, on this machine) or "wandb".
         folder: the run folder.
         run_name: how the run is called there.
         config: nested settings to record.
@@ -36,7 +43,11 @@ class Tracking:
             lines = "\n".join(f"    {key}: {value}" for key, value in config.items())
             tracker.writer.add_text("config", lines)
         else:
-            tracker = WandBTracker("moe_emergence", name=run_name, dir=str(folder))
+            if self._name == "trackio":
+                # a run that is resumed goes on there too
+                tracker = TrackioTracker("moe_emergence", name=run_name, resume="allow")
+            else:
+                tracker = WandBTracker("moe_emergence", name=run_name, dir=str(folder))
             tracker.start()
             tracker.store_init_configuration(config)
         self._tracker = tracker
@@ -68,14 +79,14 @@ class Tracking:
 
 
 def check_tracker(name: str) -> None:
-    """Refuse `--track wandb` where it is not installed, saying what to install."""
-    if name == "wandb":
+    """Refuse a tracker that is not installed, saying what to install."""
+    if name in ("trackio", "wandb"):
         try:
-            import wandb  # noqa: F401 - only whether it can be imported
+            importlib.import_module(name)
         except ImportError as error:
             raise ValueError(
-                f"--track wandb: wandb cannot be imported ({error}); "
-                f"pip install 'moe-emergence[wandb]', or use --track tensorboard"
+                f"--track {name}: {name} cannot be imported ({error}); "
+                f"pip install 'moe-emergence[{name}]', or use --track tensorboard"
             ) from error
 
 

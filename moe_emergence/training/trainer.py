@@ -70,6 +70,7 @@ class Trainer:
         run: the run folder.
         accelerator: device, precision and processes.
         checkpoint: to continue from.
+        stage: which of an experiment's runs it is, for the progress bar.
     """
 
     def __init__(
@@ -80,9 +81,10 @@ class Trainer:
         run: RunFolder,
         accelerator: Accelerator,
         checkpoint: Checkpoint | None = None,
+        stage: str = "",
     ) -> None:
         self.config, self.data, self.run, self.accelerator = config, data, run, accelerator
-        self.unwrapped = model
+        self.unwrapped, self.stage = model, stage
         self.tokens_per_step = tokens_per_step(config, accelerator.num_processes)
         self.detector = CollapseDetector(
             config.monitor.collapse_threshold, config.monitor.collapse_checks
@@ -133,6 +135,7 @@ class Trainer:
             self.run,
             domains=list(self.data.train_blocks),
             is_main=self.accelerator.is_main_process,
+            stage=self.stage,
             tokens_per_step=self.tokens_per_step,
             first_step=self.step if self.resumed else -1,
             train_seconds=self.train_seconds,
