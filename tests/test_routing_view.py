@@ -22,10 +22,8 @@ def view_of(
     loads: dict[int, Sequence[float]], churn: dict[int, float] | None = None
 ) -> RoutingView:
     view = RoutingView([*loads], len(next(iter(loads.values()))))
-    row = {
-        f"router/layer_{n}_expert_{e}_frac": x for n, of in loads.items() for e, x in enumerate(of)
-    }
-    view.read({"step": 3, **row})
+    for n, shares in loads.items():
+        view.read({f"router/layer_{n}_expert_{e}_frac": x for e, x in enumerate(shares)})
     view.read({"step": 4, **{f"eval/layer_{n}_churn": x for n, x in (churn or {}).items()}})
     return view
 
@@ -115,8 +113,8 @@ def on_a_terminal(
         terminal = Path(os.ttyname(theirs))
         flags = ["-m", "moe_emergence.train", *tiny_flags, *more]
         command = WarmCommand(flags, tmp_path, tmp_path / "printed.txt", terminal)
-        os.close(theirs)
         code = command.wait(120)
+        os.close(theirs)  # of a terminal that nobody has open there is nothing to read
         reader.join(10)
         os.close(ours)
         text = b"".join(seen).decode("utf-8", errors="replace")
@@ -131,11 +129,8 @@ def test_a_terminal_shows_stages_and_routing_and_keeps_no_bar(
     on_a_terminal: Callable[..., str], tmp_path: Path
 ) -> None:
     text = on_a_terminal("--tokenizer", "train", "--vocab-size", "301")
-    first, *_ = (
-        line for line in re.sub(r"\x1b\[[0-9;?]*\w", "", text).splitlines() if line.strip()
-    )
-    assert "preparing the text" in first
     plain = re.sub(r"\x1b\[[0-9;?]*\w", "", text)
+    assert "preparing the text" in plain.strip().splitlines()[0]
     places = [plain.index(part) for part in ("stage 1 of 2: dense base", "stage 2 of 2: mixture")]
     strips = [m.start() for m in re.finditer(f"layer 1  [{LEVELS}{NOTHING}]{{4}}  most", plain)]
     assert places == sorted(places)

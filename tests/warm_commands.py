@@ -84,4 +84,5 @@ def _run(
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = [module, *flags]
+    sys.modules.pop(module, None)  # it runs as the main module, anew
     runpy.run_module(module, run_name="__main__", alter_sys=True)
