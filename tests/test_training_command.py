@@ -21,6 +21,7 @@ from moe_emergence.config import SHIPPED
 from moe_emergence.domain_fractions import DomainFractions, read_domain_fractions
 from moe_emergence.errors import exit_code
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.train import work
 from moe_emergence.training.next_commands import commands_to_look, resume_command
 
 pytestmark = pytest.mark.slow
@@ -244,7 +245,7 @@ def test_an_end_at_once_says_how_to_go_on(
     def interrupted(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "run_experiment", interrupted)
+    monkeypatch.setattr(work, "run_experiment", interrupted)
     assert exit_code(train.main, tiny_flags) == 130
     assert f"to go on: python -m moe_emergence.train {shlex.join(tiny_flags)}" in caplog.text
     assert capsys.readouterr().err == "error: interrupted\n"
