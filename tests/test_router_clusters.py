@@ -106,6 +106,13 @@ def test_what_cannot_be_clustered_is_refused() -> None:
         start_routers_at_clusters(make_model(), [ids(1, 2)])
 
 
+def test_states_that_are_all_but_one_are_refused_with_what_to_change() -> None:
+    rng = np.random.default_rng(0)
+    states = (np.ones((400, 16)) + 1e-6 * rng.normal(size=(400, 16))).astype(np.float32)
+    with pytest.raises(ValueError, match=r"all but one; .*--pretrain-steps.*--router-init random"):
+        _router_weight(states, 4, 0)
+
+
 @pytest.mark.parametrize("length", [16, 512])
 def test_the_text_to_cluster_has_equal_parts(length: int) -> None:
     blocks = {d: torch.full((5000, length), n) for n, d in enumerate(("code", "math", "prose"))}

@@ -247,7 +247,9 @@ def test_an_end_at_once_says_how_to_go_on(
 
     monkeypatch.setattr(work, "run_experiment", interrupted)
     assert exit_code(train.main, tiny_flags) == 130
-    assert f"to go on: python -m moe_emergence.train {shlex.join(tiny_flags)}" in caplog.text
+    said = caplog.text.partition("to go on: python -m moe_emergence.train ")[2].split("\n")[0]
+    left = shlex.join(tiny_flags).replace(" --resume none", "").replace(" --stop-after none", "")
+    assert said == f"{left} --resume auto"
     assert capsys.readouterr().err == "error: interrupted\n"
 
 

@@ -21,6 +21,7 @@ ENTROPY = 0.5
 """Mean entropy of the probabilities at the start, as a share of log E."""
 RIDGE = 0.01
 """Penalty, in units of the mean square of a state's components."""
+LARGEST_LOG_SCALE = 12.0
 TEMPERATURE = 0.1
 """Of the transport, in units of the cosine between a state and a centre."""
 
@@ -45,7 +46,7 @@ def start_routers_at_clusters(
         seed: of k-means.
 
     Raises:
-        ValueError: for a hash router, and where there are fewer tokens than experts.
+        ValueError: for a hash router, fewer tokens than experts, and states too alike to cluster.
     """
     routers = _routers(model, "clusters")
     for index, states_TH in _router_inputs(model, routers, batches).items():
@@ -181,7 +182,12 @@ def _scaled(weight_EH: Floats, states_TH: Floats) -> Floats:
         entropy_T = logsumexp(scaled, axis=1) - (softmax(scaled, axis=1) * scaled).sum(axis=1)
         return float(entropy_T.mean() - ENTROPY * np.log(logits_TE.shape[1]))
 
-    scaled_EH: Floats = weight_EH * np.exp(brentq(excess, -12.0, 12.0))
+    if excess(LARGEST_LOG_SCALE) > 0:
+        raise ValueError(
+            "--router-init: the clusters of the base's hidden states are all but one; train the "
+            "base for longer (--pretrain-steps), or give --router-init random"
+        )
+    scaled_EH: Floats = weight_EH * np.exp(brentq(excess, -12.0, LARGEST_LOG_SCALE))
     return scaled_EH
 
 
