@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from warm_commands import run_warm
 
 pytest.importorskip("triton", reason="the stages run Triton's kernels, which is not installed")
 
-from benchmarks.gpu import layers, pack, program, report, stages
+from benchmarks.gpu import layers, pack, program, report, runs, stages
 from benchmarks.gpu.__main__ import main
+from benchmarks.gpu.checks import kept_output
 from benchmarks.gpu.program import Fields, Journal, OutOfTime, Setting, Stage, run_stages
 
 pytestmark = pytest.mark.slow
@@ -109,9 +111,9 @@ def test_complete_stages_are_kept_for_the_same_commit_only(tmp_path: Path) -> No
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The stages that are no test's or another suite's already."""
+    """The stages that are no test's or another suite's already; training has a test of its own."""
     folder: Path = tmp_path_factory.mktemp("gpu")
-    chosen = ["layers", "taken-apart", "correctness", "train"]
+    chosen = ["layers", "taken-apart", "correctness"]
     here = ["--environment", sys.executable]
     main(["rehearse", "--out", str(folder), *here, "--stages", *chosen])
     return folder / "gpu.json"
@@ -142,8 +144,36 @@ def test_the_rehearsal_has_every_stage(rehearsed: Path) -> None:
     found = program.read_journal(rehearsed)["stages"]
     assert {s["state"] for s in found.values()} == {"complete"}
     assert {r["verdict"] for r in found["correctness"]["rows"]} == {"passed"}
-    assert [r["status"] for r in found["train"]["rows"]] == ["completed"] * 2
     assert str(pack.REPOSITORY) not in rehearsed.read_text("utf-8")
+
+
+def test_the_training_stage_trains_a_base_and_a_mixture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept_output(command: list[str], log: str, setting: Setting) -> Fields:
+        assert command[0] == sys.executable
+        done = run_warm(*command[1:], where=pack.REPOSITORY, logs=tmp_path)
+        return {"exit": done.returncode, "last_lines": done.stderr.splitlines()[-25:], "seconds": 1}
+
+    monkeypatch.setattr(runs, "kept_output", kept_output)
+    rows = [*runs.short_training(Setting("cpu", True, str(tmp_path), 1, time.time() + 300))]
+    assert [row["status"] for row in rows] == ["completed"] * 2
+    assert [row["run"] for row in rows] == ["train-base", "train-graph-off"]
+    assert all(row["last"]["eval/lm_loss"] < row["first"]["eval/lm_loss"] for row in rows)
+    assert "expert_domain" in rows[1]
+
+
+def test_output_is_kept_with_how_it_ended(tmp_path: Path) -> None:
+    setting = Setting("cpu", True, str(tmp_path), 1, time.time() + 12)
+    script = "import sys; print('out'); print('err', file=sys.stderr); sys.exit(3)"
+    for _ in range(2):  # the second one says nothing of the first
+        found = kept_output([sys.executable, "-c", script], "some.log", setting)
+        assert (found["exit"], sorted(found["last_lines"])) == (3, ["err", "out"])
+    assert (tmp_path / "some.log").read_text("utf-8").count("out") == 2
+    sleep = "import time; print('begun', flush=True); time.sleep(60)"
+    found = kept_output([sys.executable, "-c", sleep], "some.log", setting)
+    assert found["exit"] == "out of time"
+    assert "begun" in found["last_lines"][0]
 
 
 def test_the_report_shows_every_row_of_the_layers(rehearsed: Path, tmp_path: Path) -> None:
