@@ -17,6 +17,8 @@ STAGES = {
     "null": "random router",
 }
 """What the runs of an experiment are called, by role."""
+TRAINER_ROUTING = "routing.jsonl"
+"""Metrics in the output folder of a transformers Trainer, see `MoERoutingCallback`."""
 
 
 @dataclass(frozen=True)

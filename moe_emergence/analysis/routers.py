@@ -8,15 +8,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from moe_emergence.analysis.loading import input_device
 from moe_emergence.models.mode import evaluating
-from moe_emergence.moe import RouterDecision, TopKRouter
+from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.pools import DocumentPools
+from moe_emergence.moe.routing import HashRouter, TopKRouter
+
+ScoreKind = Literal["probabilities", "softmax logits", "sigmoid logits"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,32 +114,31 @@ class RouterReader:
                 handle.remove()
             self._seen.clear()
 
-    def read(self, token_ids: Tensor) -> list[LayerRouting]:
-        """Run (B, L) token ids without padding; the decision of every layer, T = B*L in order."""
-        return self.read_and_predict(token_ids)[0]
+    def read(self, token_ids: Tensor, attention_mask: Tensor | None = None) -> list[LayerRouting]:
+        """Run (B, L) token ids; the decision of every layer, T = B*L in order.
+
+        `attention_mask` (B, L) says what is padding; its tokens are routed too.
+        """
+        return self.read_and_predict(token_ids, attention_mask)[0]
 
     @torch.no_grad()
-    def read_and_predict(self, token_ids: Tensor) -> tuple[list[LayerRouting], Tensor]:
+    def read_and_predict(
+        self, token_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[list[LayerRouting], Tensor]:
         """As `read`, and the model's logits (B, L, V)."""
         self._seen.clear()
         device = input_device(self.model)
-        logits = self.model(input_ids=token_ids.long().to(device), use_cache=False).logits
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask.to(device)}
+        output = self.model(input_ids=token_ids.long().to(device), use_cache=False, **mask)
+        logits = output.logits
         missing = sorted(set(self.layers) - set(self._seen))
         if missing:
             raise ValueError(f"the routers of layers {missing} did not run: nothing to read")
         return [self._seen[layer] for layer in self.layers], logits
 
     def _hook(self, router: RouterInfo, module: nn.Module, inputs: Any, output: Any) -> None:
-        if isinstance(output, RouterDecision):
-            probs, experts = output.router_probs, output.topk_experts
-        else:
-            logits, experts = _logits_and_experts(router.name, output)
-            config = getattr(self.model, "config", None)
-            if is_sigmoid(module, config):
-                scores = logits.float().sigmoid()
-                probs = scores / scores.sum(dim=-1, keepdim=True)
-            else:
-                probs = logits.float().softmax(dim=-1)
+        scores, experts = scores_and_experts(router.name, output)
+        probs = probabilities(scores, score_kind(module, getattr(self.model, "config", None)))
         chosen = probs.gather(1, experts)
         order = chosen.argsort(dim=1, descending=True, stable=True)
         hidden = inputs[0].detach()
@@ -146,7 +148,7 @@ class RouterReader:
             scale = float(module.weight.detach().float().square().mean().sqrt())
         self._seen[router.layer] = LayerRouting(
             router.layer,
-            probs.detach().float(),
+            probs,
             experts.gather(1, order),
             hidden.reshape(-1, hidden.shape[-1]),
             pools,
@@ -154,7 +156,31 @@ class RouterReader:
         )
 
 
-def _logits_and_experts(name: str, output: Any) -> tuple[Tensor, Tensor]:
+def score_kind(router: nn.Module, config: Any) -> ScoreKind:
+    """What a router's scores are, see `scores_and_experts`."""
+    if isinstance(router, TopKRouter | HashRouter):
+        return "probabilities"
+    return "sigmoid logits" if is_sigmoid(router, config) else "softmax logits"
+
+
+def probabilities(scores: Tensor, kind: ScoreKind) -> Tensor:
+    """fp32 probabilities (..., E) of a router's scores; see `is_sigmoid` for what they are."""
+    if kind == "softmax logits":
+        return scores.float().softmax(dim=-1)
+    if kind == "sigmoid logits":
+        sigmoids = scores.float().sigmoid()
+        return sigmoids / sigmoids.sum(dim=-1, keepdim=True)
+    return scores.float()
+
+
+def scores_and_experts(name: str, output: Any) -> tuple[Tensor, Tensor]:
+    """Scores (T, E) and experts (T, K) int64 of what the router called `name` returned, detached.
+
+    Raises:
+        ValueError: naming the router, when it returned something else.
+    """
+    if isinstance(output, RouterDecision):
+        return output.router_probs.detach(), output.topk_experts
     tensors = [part for part in output if isinstance(part, Tensor)] if _is_tuple(output) else []
     whole = [part for part in tensors if not part.is_floating_point()]
     if not tensors or not whole or tensors[0].ndim != 2 or whole[-1].ndim != 2:
