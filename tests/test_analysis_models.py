@@ -107,7 +107,7 @@ def test_training_tables_are_the_metrics(tmp_path: object) -> None:
             {"step": 6, "eval/lm_loss_code": 2.0},
         ]
     )
-    tables = training_tables(run)
+    tables = training_tables(run.metrics)
     assert tables["training"].to_dict("records") == [
         {"step": 5, "metric": "train/lm_loss", "value": 3.5},
         {"step": 6, "metric": "eval/lm_loss_code", "value": 2.0},

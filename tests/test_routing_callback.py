@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 
 from moe_emergence.analysis.meter import RoutingMeter
 from moe_emergence.analysis.routers import RouterReader, find_routers
+from moe_emergence.analysis.sources import open_source
+from moe_emergence.analysis.tidy import read_tables
+from moe_emergence.analyze import main as analyze_command
+from moe_emergence.data.tokenizer import train_bpe
 from moe_emergence.integrations.callback import MoERoutingCallback
-from moe_emergence.run_folder import TRAINER_ROUTING, read_metrics
+from moe_emergence.run_folder import TRAINER_ROUTING, read_json, read_metrics
 
 VOCAB, LENGTH, ROWS = 64, 10, 16
 MODELS: dict[str, Callable[[], Any]] = {
@@ -44,14 +49,17 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row.where(mask > 0, -100), "attention_mask": mask}
 
 
-def trainer_of(model: nn.Module, folder: Path, **changes: Any) -> Trainer:
+def trainer_of(model: nn.Module, folder: Path, tokenizer: Any = None, **changes: Any) -> Trainer:
     settings = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-2,
         "logging_steps": 2, "report_to": [], "save_strategy": "no", "use_cpu": True,
         "disable_tqdm": True, "dataloader_pin_memory": False, **changes,
     }  # fmt: skip
-    return Trainer(model, TrainingArguments(**settings), train_dataset=Rows(), eval_dataset=Rows())
+    return Trainer(
+        model, TrainingArguments(**settings), train_dataset=Rows(), eval_dataset=Rows(),
+        processing_class=tokenizer,
+    )  # fmt: skip
 
 
 class Oracle(TrainerCallback):
@@ -308,3 +316,38 @@ def test_bad_arguments_and_dense_models_are_refused(tmp_path: Path) -> None:
     dense = trainer_of(GPT2LMHeadModel(config), tmp_path)
     with pytest.raises(ValueError, match="no routers that can be read"):
         MoERoutingCallback(dense)
+
+
+@pytest.mark.slow
+def test_analyze_reads_the_trainers_folder(
+    tmp_path: Path, data_folder: Path, cache_folder: Path
+) -> None:
+    """Curves of training beside the routing of the newest checkpoint."""
+    tokenizer = train_bpe(["code math prose 0 1 2"], 300)
+    tokenizer.pad_token = tokenizer.eos_token
+    trainer = trainer_of(
+        MODELS["ours-gpt2"](), tmp_path, tokenizer, save_strategy="steps", save_steps=2
+    )
+    trainer.add_callback(MoERoutingCallback(trainer, churn_every=1))
+    trainer.train()
+    flags = ["--data", str(data_folder), "--block-size", "16", "--max-tokens", "600"]
+    flags += ["--knockout-tokens", "0", "--permutations", "19", "--device", "cpu"]
+    assert analyze_command([str(tmp_path), *flags, "--cache-dir", str(cache_folder)]) == 0
+    folder = tmp_path / "analysis"
+    (about,) = read_json(folder / "analysis.json")["runs"]
+    assert about["step"] == 4
+    assert about["source"] == str(tmp_path / "checkpoint-4")
+    tables = read_tables(folder)
+    rows = read_metrics(tmp_path / TRAINER_ROUTING)
+    load = tables["load_over_training"].set_index(["step", "layer", "expert"])["fraction"]
+    assert len(load) == 2 * 2 * 4
+    assert load[4, 2, 3] == rows[1]["router/layer_2_expert_3_frac"]
+    assert set(tables["entropy_over_training"]["step"]) == {2, 4}
+    assert "eval/layer_1_churn" in set(tables["training"]["metric"])
+    for name in ("collapse", "load_over_training", "entropy_over_training", "expert_domain"):
+        assert (folder / f"figures/{name}.png").is_file(), name
+    assert (folder / "report.html").is_file()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(ValueError, match=r"neither a model nor a checkpoint .*save_model\(\)"):
+        open_source(str(tmp_path), "run", "cpu")

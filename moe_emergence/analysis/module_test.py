@@ -1,5 +1,7 @@
 """The module test of a source: modules, retention, and what single choices are worth."""
 
+from dataclasses import replace
+
 import pandas as pd
 
 from moe_emergence.analysis.documents import blocks_each, take
@@ -8,7 +10,7 @@ from moe_emergence.analysis.modules import halves, module_tables, name_on
 from moe_emergence.analysis.regret import regret_table
 from moe_emergence.analysis.retention import retention_table
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.analysis.sources import Source, Text, TextChoice, read_text, same_text
+from moe_emergence.analysis.sources import Source, Text, read_text, same_text, text_choice
 from moe_emergence.settings import check
 
 
@@ -45,10 +47,7 @@ def modules_of(
     )
     corpora = {"second half": second}
     if config.second_data is not None:
-        other = TextChoice(
-            config.second_data, tuple(text.blocks), config.domain_field, config.text_field,
-            block_size=config.block_size, cache_dir=config.cache_dir,
-        )  # fmt: skip
+        other = replace(text_choice(config), data=config.second_data, domains=tuple(text.blocks))
         corpora[config.second_data] = read_text(source, other).blocks
     found = module_tables(
         source.model, naming, corpora, eos_id=int(eos_id),

@@ -30,6 +30,8 @@ class AnalyzeConfig:
     domain not named is guessed from its text."""
     out: str | None = None
     """Folder for the analysis; without it SOURCE/analysis, or runs/analysis for several."""
+    diff: bool = False
+    """Match the experts of two sources and say which tokens moved, instead of the analysis."""
     gallery: str | None = None
     """Markdown file to show the figures in."""
     device: str = "auto"
@@ -66,6 +68,15 @@ class AnalyzeConfig:
 
     def __post_init__(self) -> None:
         check(bool(self.sources), "SOURCE", "of nothing", "name a run or model folder")
+        check(
+            not self.diff or len(self.sources) == 2,
+            "--diff",
+            " ".join(self.sources),
+            f"it compares two sources, not {len(self.sources)}",
+        )
+        unread = {"--gallery": self.gallery, "--test modules": self.test != "none"}
+        for flag, given in unread.items():
+            check(not (self.diff and given), flag, "with --diff", "leave one of them out")
         check(self.max_tokens >= 0, "--max-tokens", self.max_tokens, "give 0 (all) or more")
         check(
             self.block_size is None or self.block_size >= 2,

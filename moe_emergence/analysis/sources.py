@@ -1,17 +1,18 @@
 """What `analyze` is given, as a model with its tokenizer: a run, a folder, a model on the hub."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from moe_emergence.analysis.loading import Placement, load_model
+from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.config import DataConfig, RunConfig, TokenClass
 from moe_emergence.config.data import token_classes
 from moe_emergence.data import PreparedData, prepare_data
 from moe_emergence.data.manifest import entry
-from moe_emergence.run_folder import RunFolder, read_json
+from moe_emergence.run_folder import TRAINER_ROUTING, RunFolder, read_json
 from moe_emergence.settings import check, from_dict
 
 if TYPE_CHECKING:
@@ -34,12 +35,15 @@ class Source:
     run: RunFolder | None = None
     config: RunConfig | None = field(default=None, repr=False)
     step: int | None = None
+    metrics: Path | None = None
+    """What was logged while it trained, see `training_tables`."""
 
 
 def open_source(place: str, name: str, placement: Placement) -> Source:
     """Load what `place` names.
 
-    A run folder gives its `final-model`, else its `best-model`, else its newest checkpoint.
+    A run folder gives its `final-model`, else its `best-model`, else its newest checkpoint; the
+    output folder of a Trainer with `MoERoutingCallback` its own model, else its newest checkpoint.
 
     Raises:
         ValueError: naming SOURCE, when nothing can be loaded from it.
@@ -50,7 +54,12 @@ def open_source(place: str, name: str, placement: Placement) -> Source:
         folder, step = _model_of(run)
         config = _run_config(run)
         model, tokenizer = load_model(str(folder), placement)
-        return Source(name, str(folder), "run", model, tokenizer, run, config, step)
+        return Source(name, str(folder), "run", model, tokenizer, run, config, step, run.metrics)
+    if (root / TRAINER_ROUTING).is_file():
+        folder, step = _model_of_trainer(root)
+        model, tokenizer = load_model(str(folder), placement)
+        metrics = root / TRAINER_ROUTING
+        return Source(name, str(folder), "model", model, tokenizer, step=step, metrics=metrics)
     if root.exists() and not (root / MODEL_FILE).is_file():
         raise ValueError(
             f"SOURCE {place}: neither a run folder nor a model folder (no {MODEL_FILE} in it)"
@@ -70,6 +79,11 @@ class TextChoice:
     token_types: tuple[str, ...] = ()
     block_size: int | None = None
     cache_dir: str = ".cache"
+
+
+def text_choice(config: AnalyzeConfig) -> TextChoice:
+    """The text that the flags of `analyze` choose."""
+    return TextChoice(**{f.name: getattr(config, f.name) for f in fields(TextChoice)})
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,19 @@ def _run_config(run: RunFolder) -> RunConfig:
         return from_dict(RunConfig, read_json(run.config))
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"SOURCE {run.root}: its config.json cannot be read ({error})") from error
+
+
+def _model_of_trainer(root: Path) -> tuple[Path, int | None]:
+    if (root / MODEL_FILE).is_file():
+        return root, None
+    names = (path.name.removeprefix("checkpoint-") for path in root.glob("checkpoint-*"))
+    steps = [int(name) for name in names if name.isdigit()]
+    if not steps:
+        raise ValueError(
+            f"SOURCE {root}: neither a model nor a checkpoint in it; save one with "
+            "trainer.save_model()"
+        )
+    return root / f"checkpoint-{max(steps)}", max(steps)
 
 
 def _model_of(run: RunFolder) -> tuple[Path, int | None]:

@@ -1,18 +1,19 @@
 """Training curves of runs from their metrics, as tidy tables."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from moe_emergence.run_folder import RunFolder, read_metrics
+from moe_emergence.run_folder import read_metrics
 
 _LOAD = re.compile(r"router/layer_(\d+)_expert_(\d+)_frac")
 _ENTROPY = re.compile(r"router/layer_(\d+)_entropy")
 
 
-def training_tables(run: RunFolder) -> dict[str, pd.DataFrame]:
-    """Tables from `metrics.jsonl` (docs/contract.md).
+def training_tables(metrics: Path) -> dict[str, pd.DataFrame]:
+    """Tables from a run's `metrics.jsonl` (docs/contract.md) or a Trainer's `routing.jsonl`.
 
     `training`: step, metric, value. `load_over_training`: step, layer, expert, fraction.
     `entropy_over_training`: step, layer, entropy (nats). `collapse`: step, layer, largest_share,
@@ -21,7 +22,7 @@ def training_tables(run: RunFolder) -> dict[str, pd.DataFrame]:
     training: list[dict[str, Any]] = []
     loads: list[dict[str, Any]] = []
     entropies: list[dict[str, Any]] = []
-    for row in read_metrics(run.metrics) if run.metrics.is_file() else []:
+    for row in read_metrics(metrics) if metrics.is_file() else []:
         step = row["step"]
         for name, value in row.items():
             if name == "step" or not isinstance(value, (int, float)):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moe_emergence.analysis.checkpoints import over_checkpoints
 from moe_emergence.analysis.counts import RoutingCounts
+from moe_emergence.analysis.diff import diff
 from moe_emergence.analysis.documents import take
 from moe_emergence.analysis.explorer import explore
 from moe_emergence.analysis.figures import write_figures
@@ -38,9 +39,9 @@ from moe_emergence.analysis.similarity import compare_experts, sample_ids
 from moe_emergence.analysis.sources import (
     Source,
     Text,
-    TextChoice,
     open_source,
     read_text,
+    text_choice,
 )
 from moe_emergence.analysis.streaming import count_routing, is_byte_level
 from moe_emergence.analysis.tidy import write_tables
@@ -66,6 +67,10 @@ def report(config: AnalyzeConfig, command: str) -> int:
     """Analyse and draw, as `command` asked; say where the report is."""
     begin()
     folder = output_folder(config)
+    if config.diff:
+        diff(config, source_names(config.sources), folder)
+        logger.info("tables and figures are in %s", folder)
+        return 0
     analyze(config, folder, command)
     write_figures(folder)
     if config.gallery:
@@ -80,7 +85,10 @@ def output_folder(config: AnalyzeConfig) -> Path:
         return Path(config.out)
     if len(config.sources) == 1 and Path(config.sources[0]).is_dir():
         return Path(config.sources[0]) / "analysis"
-    return Path("runs/analysis") / "-".join(source_names(config.sources))[:80]
+    return (
+        Path("runs/diff" if config.diff else "runs/analysis")
+        / "-".join(source_names(config.sources))[:80]
+    )
 
 
 def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
@@ -91,10 +99,7 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
     texts: list[dict[str, Any]] = []
     data, domains = "", list[str]()
     read: dict[str, Any] = {}
-    choice = TextChoice(
-        config.data, config.domains, config.domain_field, config.text_field, config.token_types,
-        config.block_size, config.cache_dir,
-    )  # fmt: skip
+    choice = text_choice(config)
     for place, name in zip(config.sources, source_names(config.sources), strict=True):
         source = open_source(place, name, placement)
         reader = RouterReader(source.model)
@@ -226,7 +231,8 @@ def model_tables(
     if source.run is not None:
         over = over_checkpoints(source.run, few, placement, batch_size=config.batch_size)
         tables |= vars(over)
-        tables |= training_tables(source.run)
+    if source.metrics is not None:
+        tables |= training_tables(source.metrics)
     return tables
 
 
