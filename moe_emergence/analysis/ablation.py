@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from emergence_kernels import route
 from moe_emergence.analysis.loading import input_device
 from moe_emergence.analysis.routers import RouterInfo, find_routers
+from moe_emergence.analysis.steering import choosing_again
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.lower_layers import lower_states_given, states_read
 from moe_emergence.models.mode import evaluating
@@ -147,33 +147,9 @@ def without_experts(removed: Mapping[RouterInfo, Collection[int]]) -> Iterator[N
         for router, experts in removed.items():
             if experts:
                 how = how_removed(router, len(experts))
-                hook = _rerouting(experts) if how == "rerouted" else _zeroing(experts)
+                hook = choosing_again(experts, {}) if how == "rerouted" else _zeroing(experts)
                 stack.callback(router.module.register_forward_hook(hook).remove)
         yield
-
-
-def _rerouting(experts: Collection[int]) -> Any:
-    gone = list(experts)
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> RouterDecision:
-        assert isinstance(module, TopKRouter)
-        # a finite number: log(0) times a probability of 0 would be NaN in the sums
-        logits = output.router_logits.clone()
-        logits[:, gone] = -1e9
-        bias_E = module.expert_bias
-        if bias_E is not None:
-            # the choice is by probability and bias: neither may bring one back
-            bias_E = bias_E.clone()
-            bias_E[gone] = -1e9
-        routing = route(logits, module.top_k, None, bias_E)
-        weights = routing.weights_TK
-        if module.weigh_by_probability:
-            weights = routing.probs_TE.gather(1, routing.experts_TK)
-        return RouterDecision(
-            logits, routing.probs_TE, routing.noisy_probs_TE, routing.experts_TK, weights
-        )
-
-    return hook
 
 
 def _zeroing(experts: Collection[int]) -> Any:

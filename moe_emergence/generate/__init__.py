@@ -41,6 +41,11 @@ class GenerateConfig:
     """Path through the experts."""
     show_routing: bool = False
     """Show every token in the colour of its expert, for every mixture layer."""
+    mute: tuple[str, ...] = ()
+    """Experts never to choose, as LAYER:EXPERT; the next best take their tokens."""
+    boost: tuple[str, ...] = ()
+    """Experts to favour, as LAYER:EXPERT or LAYER:EXPERT=BIAS: BIAS (4 if not given) is added to
+    their logits."""
     debug: bool = False
     """Show the traceback of an error."""
 

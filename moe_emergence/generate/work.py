@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from moe_emergence.analysis.steering import steered
 from moe_emergence.analysis.token_routing import print_routing
 from moe_emergence.begin import begin
 from moe_emergence.device import find_device
@@ -26,12 +27,13 @@ def show(config: GenerateConfig) -> int:
     find_device(config.device)
     get_dispatcher(config.dispatch)
     model, tokenizer = load(config)
-    ids = generate(config, model, tokenizer)
     console = Console(soft_wrap=True, highlight=False, emoji=False)
-    console.print(tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
-    if config.show_routing:
-        assert isinstance(model, MixtureModel)
-        print_routing(console, model, tokenizer, ids)
+    with steered(model, config.mute, config.boost):
+        ids = generate(config, model, tokenizer)
+        console.print(tokenizer.decode(ids[0], skip_special_tokens=True), markup=False)
+        if config.show_routing:
+            assert isinstance(model, MixtureModel)
+            print_routing(console, model, tokenizer, ids)
     return 0
 
 
