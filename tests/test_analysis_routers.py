@@ -1,11 +1,18 @@
 """Routing read through hooks is what the model itself decided, whatever its family."""
 
+import re
+from collections.abc import Callable
+from typing import Any
+
+import llama_models
 import pytest
 import torch
+from conftest import REPOSITORY
 from routing_models import FAMILIES, OURS, tiny_mixture
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from moe_emergence.analysis.routers import RouterReader, find_routers
+from moe_emergence.moe import RouterDecision
 
 IDS = torch.randint(0, 300, (3, 7), generator=torch.Generator().manual_seed(1))
 
@@ -69,3 +76,52 @@ def test_hooks_are_gone_and_the_mode_is_back_after_reading() -> None:
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(ValueError, match="no routers that can be read"):
         find_routers(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=10)))
+
+
+def documented_names() -> dict[str, str]:
+    """Module by model, out of the table of docs/transformers.md."""
+    text = (REPOSITORY / "docs/transformers.md").read_text("utf-8").split("## Names for hooks")[1]
+    rows = re.findall(r"^\| ([^|]+) \| `([\w.]+)` \|", text, re.M)
+    return {model: name for models, name in rows for model in models.split(", ")}
+
+
+@pytest.mark.parametrize(
+    ("model", "make"),
+    [
+        ("GPT-2 of this library", lambda: tiny_mixture("learned")),
+        ("Llama", lambda: llama_models.make_mixture("llama", 2)),
+        ("Qwen3 of this library", lambda: llama_models.make_mixture("qwen3", 2)),
+        ("Mixtral", lambda: tiny_mixture("mixtral")),
+        ("OLMoE", lambda: tiny_mixture("olmoe")),
+        ("Qwen3-MoE", lambda: tiny_mixture("qwen3_moe")),
+        ("DeepSeek-V3", lambda: tiny_mixture("deepseek_v3")),
+        ("gpt-oss", lambda: tiny_mixture("gpt_oss")),
+    ],
+)
+def test_a_plain_hook_on_the_documented_name_sees_the_same(
+    model: str, make: Callable[[], Any]
+) -> None:
+    """As nnsight reads a module's output, and as the document says what is in it."""
+    name, mixture, token_ids = documented_names()[model], make().eval(), IDS % 60
+    reader = RouterReader(mixture)
+    with reader.reading():
+        found = reader.read(token_ids)
+    seen: dict[int, Any] = {}
+    for layer in reader.layers:
+        module = mixture.get_submodule(name.replace("N", str(layer)))
+        module.register_forward_hook(lambda _m, _i, output, n=layer: seen.update({n: output}))
+    mixture(input_ids=token_ids)
+    for routing in found:
+        output = seen[routing.layer]
+        if isinstance(output, RouterDecision):
+            logits, weights, experts = (
+                output.router_logits, output.topk_weights, output.topk_experts
+            )  # fmt: skip
+            assert torch.equal(experts, routing.experts_TK)
+            assert torch.equal(output.router_probs, routing.probs_TE)
+        else:
+            logits, weights, experts = output
+            assert torch.equal(experts.sort(1).values, routing.experts_TK.sort(1).values)
+        scores = logits.sigmoid() if model == "DeepSeek-V3" else logits.softmax(1)
+        torch.testing.assert_close(scores / scores.sum(1, keepdim=True), routing.probs_TE)
+        assert weights.shape == experts.shape == (token_ids.numel(), 2)

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import llama_models
 import pytest
 import torch
+from conftest import REPOSITORY
+from peft import LoraConfig, get_peft_model
 from process_groups import in_processes
 from routing_models import tiny_mixture
 from torch import Tensor, nn
@@ -33,6 +36,9 @@ MODELS: dict[str, Callable[[], Any]] = {
     "ours-gpt2": lambda: tiny_mixture("learned"),
     "ours-hash": lambda: tiny_mixture("hash"),
     "ours-llama": lambda: llama_models.make_mixture("llama"),
+    "adapter": lambda: get_peft_model(
+        tiny_mixture("mixtral"), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    ),
 }
 
 
@@ -112,6 +118,14 @@ def check_row(row: dict[str, Any], expected: dict[int, tuple[list[int], float]])
         assert row[f"{name}_normalised_entropy"] == pytest.approx(share, rel=1e-4, abs=1e-6)
 
 
+def documented_keys() -> set[str]:
+    text = (REPOSITORY / "docs/transformers.md").read_text("utf-8")
+    table = text.split("## Watching a Trainer")[1].split("\n- ")[0]
+    return set(re.findall(r"`((?:router|eval)/[^`]+)`", table))
+
+
+# peft about transformers' attribute of the former name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "gradient-checkpointing"])
 @pytest.mark.parametrize("name", MODELS)
 def test_counts_are_those_of_every_training_pass(
@@ -127,6 +141,8 @@ def test_counts_are_those_of_every_training_pass(
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:
         check_row(row, oracle.expected(row["step"] - 2, row["step"]))
+    keys = {re.sub(r"expert_\d", "expert_E", re.sub(r"layer_\d", "layer_N", k)) for k in rows[-1]}
+    assert keys - {"step"} == documented_keys()
     # the Trainer's own history has the same, without a number for every expert
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     for row, entry in zip(rows, logged, strict=True):

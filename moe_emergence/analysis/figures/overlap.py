@@ -15,12 +15,12 @@ def plot_overlap(table: pd.DataFrame, name: str, other: str) -> Figure:
     figure, axes = grid(
         len(groups), min(7, 1.8 + 0.34 * columns), min(6, max(1.5, 0.9 + 0.3 * rows))
     )
-    colours = ScalarMappable(Normalize(0, 100), QUANTITY)
+    scale = Normalize(0, 100)
     for axis, (layer, part) in zip(axes, groups, strict=True):
         matrix = 100 * part.pivot_table("share", "expert", "other_expert")
         matched = part[part["matched"]].sort_values("expert")["other_expert"].tolist()
         matrix = matrix[matched + [column for column in matrix if column not in matched]]
-        axis.imshow(matrix.to_numpy(), cmap=colours.cmap, norm=colours.norm, aspect="auto")
+        axis.imshow(matrix.to_numpy(), cmap=QUANTITY, norm=scale, aspect="auto")
         axis.set_title(f"layer {layer}", fontsize=9, loc="left")
         step = max(1, matrix.shape[1] // 16)
         axis.set_xticks(range(0, matrix.shape[1], step), matrix.columns[::step], fontsize=7)
@@ -36,5 +36,6 @@ def plot_overlap(table: pd.DataFrame, name: str, other: str) -> Figure:
                         column, row, f"{cell:.0f}", ha="center", va="center", fontsize=6,
                         color="white" if cell < 50 else "black",
                     )  # fmt: skip
+    colours = ScalarMappable(scale, QUANTITY)
     figure.colorbar(colours, ax=axes).set_label("share of the expert's tokens (%)", fontsize=8)
     return titled(figure, "Which experts read the same tokens, matched")
