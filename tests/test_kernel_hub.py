@@ -157,11 +157,10 @@ def test_copies_compute_what_the_installed_package_does(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", [WITHOUT_THE_INSTALLED, CARD_EXAMPLE])
-def test_a_copy_needs_nothing_of_ours(
-    package: Path, script: str, python: Callable[..., None]
+def test_a_copy_and_its_card_need_nothing_of_ours(
+    package: Path, python: Callable[..., None]
 ) -> None:
-    python(script, package)
+    python(WITHOUT_THE_INSTALLED + CARD_EXAMPLE, package)
 
 
 @pytest.mark.slow
