@@ -34,7 +34,10 @@ def models(tiny: bool) -> dict[str, Any]:
         vocab_size=1000, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, num_local_experts=8,
     )  # fmt: skip
-    dense = GPT2Config(vocab_size=1000, n_positions=128, n_embd=width, n_layer=4, n_head=4)
+    dense = GPT2Config(
+        vocab_size=1000, n_positions=128, n_embd=width, n_layer=4, n_head=4, bos_token_id=0,
+        eos_token_id=0,
+    )  # fmt: skip
     upcycled = upcycle(GPT2LMHeadModel(dense), layers=[0, 1, 2, 3], num_experts=8, top_k=2)
     return {"Mixtral": MixtralForCausalLM(mixtral), "upcycled GPT-2": upcycled}
 

@@ -17,8 +17,10 @@ from peft import LoraConfig, get_peft_model
 from process_groups import in_processes
 from routing_models import tiny_mixture
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+from benchmarks.routing_callback import main as measure_cost
 from moe_emergence.analysis.meter import RoutingMeter
 from moe_emergence.analysis.routers import RouterReader, find_routers
 from moe_emergence.analysis.sources import open_source
@@ -291,6 +293,47 @@ def test_a_failed_pass_and_passes_without_gradients_are_not_counted() -> None:
     assert [sum(load.counts) for load in meter.take()] == [20, 20]
     assert meter.take() == []
     meter.stop()
+
+
+class StubRouter(nn.Linear):
+    """Chooses without asking the device for anything."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = super().forward(x)
+        weights, experts = logits.softmax(1).topk(2, dim=1)
+        return logits, weights, experts
+
+
+class Stub(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(StubRouter(8, 4)) for _ in range(2))
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> list[Any]:
+        return [router(x) for router in self.layers]
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    """Fake tensors have no values: whatever asks for one raises."""
+    with FakeTensorMode():
+        model = Stub()
+        meter = RoutingMeter(model)
+        meter.start()
+        for _ in range(2):
+            model(torch.zeros(6, 8), attention_mask=torch.ones(2, 3))
+        with pytest.raises(DataDependentOutputException):
+            meter.take()
+
+
+def test_the_cost_is_measured(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "benchmarks"):
+        measure_cost(["--tiny", "--pairs", "2", "--rows", "1"])
+    lines = [record.getMessage() for record in caplog.records if "hooks" in record.getMessage()]
+    assert [line.split(":")[0] for line in lines] == ["Mixtral", "upcycled GPT-2"]
+    for line in lines:
+        _, ratio, share = map(float, re.findall(r"\d+\.\d+", line))
+        assert ratio > 0
+        assert 0 < share < 100
 
 
 def _in_two(folder: str) -> None:
