@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from moe_emergence.analysis.passages import Passages
 from moe_emergence.analysis.routers import LayerRouting
 from moe_emergence.analysis.token_types import NUM_TYPES
 from moe_emergence.config import TokenClass
@@ -178,6 +179,7 @@ class RoutingCounts:
     """(E, E') tokens by first expert in a layer and in the next mixture layer."""
     losses: dict[str, list[float]] = field(default_factory=dict)
     """Per domain the mean next-token loss in nats of every block."""
+    passages: Passages = field(default_factory=Passages)
     null_routers: int = NULL_ROUTERS
     """Random routers to count beside every layer's own."""
 
@@ -187,6 +189,7 @@ class RoutingCounts:
             self.layers = [self._empty(routing, seed) for routing in routings]
         for counts, routing in zip(self.layers, routings, strict=True):
             counts.add(batch, routing)
+        self.passages.add(batch, routings)
         for one, other in itertools.pairwise(routings):
             width = other.probs_TE.shape[1]
             cells = one.experts_TK[:, 0] * width + other.experts_TK[:, 0]

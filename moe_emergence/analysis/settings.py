@@ -28,6 +28,8 @@ class AnalyzeConfig:
     token_types: tuple[str, ...] = ()
     """How the tokens of a domain are told apart, as domain=python, math, words (English) or none; a
     domain not named is guessed from its text."""
+    text: str | None = None
+    """Text file whose beginning the report's token explorer shows too, before the others."""
     out: str | None = None
     """Folder for the analysis; without it SOURCE/analysis, or runs/analysis for several."""
     diff: bool = False

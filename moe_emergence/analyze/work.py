@@ -16,7 +16,7 @@ from moe_emergence.analysis.checkpoints import over_checkpoints
 from moe_emergence.analysis.counts import RoutingCounts
 from moe_emergence.analysis.diff import diff
 from moe_emergence.analysis.documents import take
-from moe_emergence.analysis.explorer import explore
+from moe_emergence.analysis.explorer import explore, own_text
 from moe_emergence.analysis.figures import write_figures
 from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.information_table import Resampling, information_table
@@ -24,7 +24,8 @@ from moe_emergence.analysis.knockout import knockout_table, mean_losses
 from moe_emergence.analysis.loading import Placement, load_model
 from moe_emergence.analysis.module_sets import Naming
 from moe_emergence.analysis.module_test import modules_of
-from moe_emergence.analysis.report import write_report
+from moe_emergence.analysis.passages import passage_table
+from moe_emergence.analysis.report import print_findings, write_report
 from moe_emergence.analysis.retention import best_experts
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.routing_tables import (
@@ -64,7 +65,7 @@ Tables = dict[str, pd.DataFrame]
 
 
 def report(config: AnalyzeConfig, command: str) -> int:
-    """Analyse and draw, as `command` asked; say where the report is."""
+    """Analyse and draw, as `command` asked; print what was found and where the report is."""
     begin()
     folder = output_folder(config)
     if config.diff:
@@ -75,7 +76,7 @@ def report(config: AnalyzeConfig, command: str) -> int:
     write_figures(folder)
     if config.gallery:
         write_gallery(folder, Path(config.gallery))
-    logger.info("open %s", write_report(folder))
+    print_findings(folder, write_report(folder))
     return 0
 
 
@@ -119,7 +120,9 @@ def analyze(config: AnalyzeConfig, folder: Path, command: str) -> None:
             for domain in config.keep_experts:
                 write_kept(source, reader, naming, domain, config.keep, folder / f"kept-{domain}")
         about.append(describe(source, reader, blocks, counted, found))
-        texts.append({"name": name, **explore(reader, blocks, source.tokenizer)})
+        length = max(part.shape[1] for part in blocks.values())
+        own = own_text(Path(config.text), source.tokenizer, length) if config.text else None
+        texts.append({"name": name, **explore(reader, blocks, source.tokenizer, own)})
         for key, table in found.items():
             tables.setdefault(key, []).append(table.assign(run=name))
     joined = {key: pd.concat(parts, ignore_index=True) for key, parts in tables.items()}
@@ -200,6 +203,7 @@ def routing_tables(source: Source, counted: RoutingCounts, config: AnalyzeConfig
         "routing": routing_summary(counted.layers),
         "expert_load": expert_load(counted.layers),
         "coactivation": coactivation(counted),
+        "passages": passage_table(counted.passages, tuple(counted.classes), source.tokenizer),
         "vocabulary": vocabulary,
         "vocabulary_specialisation": specialisation,
     }
@@ -278,6 +282,7 @@ def describe(
         "tokens": sum(part.numel() for part in blocks.values()),
         "lm_loss": losses[ALL][0],
         "lm_loss_by_domain": {d: losses[d][0] for d in losses if d != ALL},
+        "eval_blocks": source.config.monitor.eval_blocks if source.config else None,
     }
 
 

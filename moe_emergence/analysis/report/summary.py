@@ -2,38 +2,16 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from moe_emergence.analysis.documents import FEWEST
 from moe_emergence.analysis.modules import can_pass
-
-ALPHA = 0.05
-
-
-@dataclass(frozen=True)
-class LayerFinding:
-    """Domain information of a layer, against its nulls."""
-
-    layer: int
-    bits: float
-    low: float
-    high: float
-    p: float
-    null_bits: float
-    null_95: float
-    p_router: float
-    imbalance: float
-
-    @property
-    def verdict(self) -> str:
-        """What the numbers show, and what they do not."""
-        if self.p >= ALPHA:
-            return "no evidence that experts and domains go together"
-        if self.p_router < ALPHA:
-            return "experts follow domains more than random routers do"
-        return "no more than random routers: no evidence of learned specialisation"
+from moe_emergence.analysis.report.verdict import LayerFinding, headline
+from moe_emergence.analysis.routing_tables import ALL_SLOTS
 
 
 @dataclass(frozen=True)
@@ -42,37 +20,67 @@ class RunFinding:
 
     name: str
     about: Mapping[str, Any]
+    headline: str
+    """The verdict in a sentence that can be repeated."""
     layers: tuple[LayerFinding, ...]
+    """What experts tell of the domain."""
+    types: tuple[LayerFinding, ...]
+    """What first experts tell of the token's type within its domain."""
+    most: float | None
+    """Entropy of a token's domain in bits, which experts can tell at most."""
+    loss: str
+    """What the model's loss is here, and why training logged another."""
     collapse: str
     modules: tuple[str, ...]
-    """What the module test says, a sentence for each text and domain, what few experts keep, and
-    what the routers' choices are worth."""
+    """What the module test says, a sentence for each text and domain."""
+    retention: tuple[str, ...]
+    """What few experts keep of each domain."""
+    regret: tuple[str, ...]
+    """What the routers' choices are worth."""
 
 
 def summarise(runs: list[dict[str, Any]], tables: Mapping[str, pd.DataFrame]) -> list[RunFinding]:
     """A finding per run of `analysis.json`, from the tables there are."""
-    return [
-        RunFinding(
-            run["name"],
-            run,
-            tuple(_layers(_of(tables, "information", run), _of(tables, "routing", run))),
-            _collapse(_of(tables, "collapse", run)),
-            (
-                *map(_module, _of(tables, "modules", run).to_dict("records")),
-                *_retention(_of(tables, "retention", run)),
-                *map(_regret, _of(tables, "regret", run).to_dict("records")),
-            ),
+    found = []
+    for run in runs:
+        own = partial(_of, tables, run=run)
+        layers = _layers(own("information"), own("routing"), "domain")
+        domains, most = _domains(own("expert_domain"))
+        found.append(
+            RunFinding(
+                run["name"],
+                run,
+                headline(layers, domains, most),
+                tuple(layers),
+                tuple(_layers(own("information"), own("routing"), "token type")),
+                most,
+                _loss(run, own("training")),
+                _collapse(own("collapse")),
+                tuple(map(_module, own("modules").to_dict("records"))),
+                tuple(_retention(own("retention"))),
+                tuple(map(_regret, own("regret").to_dict("records"))),
+            )
         )
-        for run in runs
-    ]
+    return found
 
 
-def _of(tables: Mapping[str, pd.DataFrame], name: str, run: Mapping[str, Any]) -> pd.DataFrame:
+def _domains(table: pd.DataFrame) -> tuple[list[str], float | None]:
+    """The domains that were read, and the entropy of a token's in bits."""
+    if table.empty:
+        return [], None
+    whole = table[(table["slot"] == ALL_SLOTS) & (table["layer"] == table["layer"].iloc[0])]
+    tokens = whole.groupby("domain", sort=False)["tokens"].sum()
+    tokens = tokens[tokens > 0]
+    shares = tokens / tokens.sum()
+    return list(map(str, tokens.index)), float(-(shares * np.log2(shares)).sum())
+
+
+def _of(tables: Mapping[str, pd.DataFrame], name: str, *, run: Mapping[str, Any]) -> pd.DataFrame:
     table = tables.get(name)
     return pd.DataFrame() if table is None else table[table["run"] == run["name"]]
 
 
-def _layers(information: pd.DataFrame, routing: pd.DataFrame) -> list[LayerFinding]:
+def _layers(information: pd.DataFrame, routing: pd.DataFrame, label: str) -> list[LayerFinding]:
     if information.empty:
         return []
     uneven = dict(zip(routing["layer"], routing["max_violation"], strict=True))
@@ -82,8 +90,23 @@ def _layers(information: pd.DataFrame, routing: pd.DataFrame) -> list[LayerFindi
             row["p_permutation"], row["null_router_bits"], row["null_router_95"], row["p_router"],
             uneven[row["layer"]],
         )
-        for row in information[information["label"] == "domain"].to_dict("records")
+        for row in information[information["label"] == label].to_dict("records")
     ]  # fmt: skip
+
+
+def _loss(run: Mapping[str, Any], training: pd.DataFrame) -> str:
+    if run.get("lm_loss") is None:
+        return ""
+    here = f"{run['lm_loss']:.4f} nats per token over {run['tokens']:,} tokens"
+    logged = training[training["metric"] == "eval/lm_loss"] if len(training) else training
+    if logged.empty:
+        return here
+    last = logged.loc[logged["step"].idxmax()]
+    then = f"training logged {last['value']:.4f} at step {int(last['step'])}"
+    blocks = run.get("eval_blocks")
+    if blocks:
+        return f"{here}; {then} over the first {blocks} blocks of each domain (--eval-blocks)"
+    return f"{here}; {then} over all its evaluation blocks"
 
 
 def _collapse(table: pd.DataFrame) -> str:
