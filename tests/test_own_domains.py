@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from moe_emergence import analyze
+from moe_emergence.analysis.figures.subjects import plot_training
 from moe_emergence.config import RunConfig
 from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
 from moe_emergence.training.experiment import run_experiment
@@ -75,6 +76,10 @@ def test_an_analysis_has_them_all_or_those_that_are_chosen(five: RunFolder, wher
     for name in ("expert_domain", "knockout"):
         table = pd.read_csv(next(out.rglob(f"{name}.csv")))
         assert set(table["domain"]) - {"all"} == set(FIVE)
+    curves = pd.read_csv(next(out.rglob("training.csv")))["metric"]
+    panels = plot_training(pd.read_csv(next(out.rglob("training.csv")))).axes
+    assert {f"eval/lm_loss_{name}" for name in FIVE} < set(curves)
+    assert {axis.get_title(loc="left") or axis.get_title() for axis in panels} >= set(FIVE)
     chosen = ("sport", "law")
     assert read_json(analysed(five, where, "--domains", *chosen) / "analysis.json")[
         "domains"

@@ -5,6 +5,7 @@ from matplotlib.figure import Figure
 
 from moe_emergence.analysis.figures.panels import bars, heatmaps, lines
 from moe_emergence.analysis.routing_tables import ALL_SLOTS
+from moe_emergence.config.data import ALL
 
 
 def plot_expert_domain(table: pd.DataFrame) -> Figure:
@@ -212,12 +213,12 @@ def plot_router_gradients(table: pd.DataFrame) -> Figure:
 
 def plot_training(table: pd.DataFrame) -> Figure | None:
     """Evaluation losses of the runs, all and per domain."""
-    names = {"eval/lm_loss": "all"} | {f"eval/lm_loss_{d}": d for d in ("code", "math", "prose")}
-    table = table[table["metric"].isin(names)]
+    table = table[table["metric"].str.startswith("eval/lm_loss")]
     if table.empty:
         return None
+    names = table["metric"].str.removeprefix("eval/lm_loss").str.removeprefix("_")
     return lines(
-        table.assign(domain=table["metric"].map(names)), x="step", y="value", series="run",
+        table.assign(domain=names.replace("", ALL)), x="step", y="value", series="run",
         panels=("domain",), x_label="training step", label="evaluation lm_loss (nats per token)",
         title="Loss over training",
     )  # fmt: skip
