@@ -4,7 +4,8 @@ import contextlib
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ import tyro
 from moe_emergence import __version__
 from moe_emergence.errors import exit_code
 from moe_emergence.flags import spelled_out
+from moe_emergence.progress import progress_bar
 from moe_emergence.settings import SettingError
 from moe_emergence.words import READERS
 
@@ -68,6 +70,13 @@ def _first_message(box: str) -> str:
         return f"{', '.join(flags)}: required and not given"
     text = re.sub(r"^Error parsing \w*:? ?", "", " ".join(message))
     return re.sub(r"^(--\S+):", r"\1", text)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Show on a terminal, within the block, that torch and transformers are being imported."""
+    with progress_bar("loading torch and transformers", None):
+        yield
 
 
 def run(main: Callable[[list[str]], int], argv: list[str]) -> int:

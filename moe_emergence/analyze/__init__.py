@@ -1,7 +1,7 @@
 """`python -m moe_emergence.analyze`: see how a mixture routes, in tables, figures and one page."""
 
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.command import parse
+from moe_emergence.command import loading, parse
 
 PROG = "python -m moe_emergence.analyze"
 
@@ -10,6 +10,7 @@ def main(argv: list[str]) -> int:
     """Analyse as the flags say; print where the report is."""
     config = parse(AnalyzeConfig, argv, PROG)
 
-    from moe_emergence.analyze.work import report
+    with loading():
+        from moe_emergence.analyze.work import report
 
     return report(config, f"{PROG} {' '.join(argv)}")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe_emergence.command import parse
+from moe_emergence.command import loading, parse
 from moe_emergence.names import DispatchName
 from moe_emergence.settings import check
 
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> int:
     """Generate as the flags say."""
     config = parse(GenerateConfig, argv, PROG)
 
-    from moe_emergence.generate.work import show
+    with loading():
+        from moe_emergence.generate.work import show
 
     return show(config)

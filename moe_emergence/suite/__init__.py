@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from typing import Any
 
-from moe_emergence.command import parse
+from moe_emergence.command import loading, parse
 from moe_emergence.experiments.description import read_suite
 from moe_emergence.experiments.suite_file import Suite, load_suite
 from moe_emergence.experiments.variants import read_base, read_variants
@@ -36,13 +36,15 @@ def main(argv: list[str]) -> int:
     if isinstance(options, ReportOptions):
         check_was_run(options)
 
-        from moe_emergence.suite.work import report
+        with loading():
+            from moe_emergence.suite.work import report
 
         return report(options)
     assert isinstance(options, RunsOptions)
     suite = suite_of(options)
 
-    from moe_emergence.suite.work import plan, run_suite
+    with loading():
+        from moe_emergence.suite.work import plan, run_suite
 
     if isinstance(options, RunOptions):
         return run_suite(suite, options, [*PROG.split(), *argv])

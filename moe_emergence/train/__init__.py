@@ -1,6 +1,6 @@
 """`python -m moe_emergence.train`: upcycle, train, evaluate and resume."""
 
-from moe_emergence.command import parse
+from moe_emergence.command import loading, parse
 from moe_emergence.config import RunConfig
 from moe_emergence.presets import get_preset
 
@@ -15,7 +15,8 @@ def main(argv: list[str]) -> int:
 
     start_missing_processes("moe_emergence.train", argv)
 
-    from moe_emergence.train.work import train
+    with loading():
+        from moe_emergence.train.work import train
 
     return train(config, argv)
 

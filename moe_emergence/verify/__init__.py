@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_emergence.command import parse
+from moe_emergence.command import loading, parse
 from moe_emergence.names import DispatchName, DtypeName
 from moe_emergence.settings import check
 
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> int:
     """Certify as the flags say; 1 when something fails."""
     config = parse(VerifyConfig, argv, PROG)
 
-    from moe_emergence.verify.work import verify
+    with loading():
+        from moe_emergence.verify.work import verify
 
     return verify(config)
