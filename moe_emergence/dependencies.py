@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_emergence.extras import EXTRAS
+
 if TYPE_CHECKING:
     from packaging.version import Version
 
@@ -43,7 +45,7 @@ def untested(
     Newer is another major or minor version: a patch is not worth a word.
 
     Args:
-        requirements: as a distribution's metadata has them; those of extras do not count.
+        requirements: as a distribution's metadata has them; of extras, those in `EXTRAS` count.
         constraints: text of a pip constraints file of exact versions.
         installed: version by canonical name; what is not there is not judged.
     """
@@ -61,7 +63,8 @@ def untested(
     found = []
     for requirement in map(Requirement, requirements):
         name = canonicalize_name(requirement.name)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        marker = requirement.marker
+        if marker and not any(marker.evaluate({"extra": extra}) for extra in ("", *EXTRAS)):
             continue
         if name not in installed or name not in tested:
             continue

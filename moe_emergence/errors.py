@@ -18,9 +18,10 @@ class RunError(RuntimeError):
 def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
     """Call `main(argv)` and turn its errors into one line on stderr and an exit code.
 
-    2 for bad settings (`ValueError`), 1 for failures while running (`RunError`, `OSError`) and
-    for whatever is raised in the code of a dependency, `INTERRUPTED` for Ctrl-C. With `--debug` the
-    traceback is shown instead, as always for an error of our own.
+    2 for bad settings (`ValueError`) and where a package of an extra is not installed, 1 for
+    failures while running (`RunError`, `OSError`) and for whatever is raised in the code of a
+    dependency, `INTERRUPTED` for Ctrl-C. With `--debug` the traceback is shown instead, as always
+    for an error of our own.
     """
     try:
         return main(argv)
@@ -37,9 +38,14 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
     except Exception as error:
         # what is installed is read for this alone, not at every start
         from moe_emergence.dependencies import raised_in
+        from moe_emergence.extras import advice
 
+        if _debugs(argv):
+            raise
+        if missing := advice(error):
+            return _fail(missing, 2)
         package = raised_in(error)
-        if package is None or _debugs(argv):
+        if package is None:
             raise
         kind = type(error).__name__
         return _fail(f"{kind} in {package}: {error} (--debug shows where)", 1)

@@ -1,6 +1,7 @@
 """Versions that were not tested are named in one line, and so is a dependency that fails."""
 
 import json
+import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +15,10 @@ from packaging.version import Version
 from moe_emergence import dependencies
 from moe_emergence.dependencies import CONSTRAINTS, raised_in, untested, untested_here
 from moe_emergence.errors import exit_code
+from moe_emergence.extras import EXTRAS
 
 CONSTRAINTS_TEXT = """# made by hand
+of-an-extra==2.0
 other==1.0
 some-package==5.24.1
 windows-only==1.0 ; sys_platform == 'never'
@@ -25,6 +28,7 @@ REQUIREMENTS = [
     "windows-only>=1",
     "absent>=1",
     'other>=0.5; extra == "test"',
+    'of-an-extra>=1; extra == "train"',
 ]
 
 
@@ -45,10 +49,17 @@ def test_what_was_not_is_named_with_its_range(version: str) -> None:
     assert "\n" not in line
 
 
+def test_what_an_extra_installed_is_judged_too() -> None:
+    installed = {"of-an-extra": "3.0", "other": "9.0"}
+    (found,) = untested(REQUIREMENTS, CONSTRAINTS_TEXT, installed)
+    assert found.name == "of-an-extra"
+
+
 def test_every_requirement_has_a_tested_version_that_it_allows() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
     extras = project["optional-dependencies"]
-    wanted = project["dependencies"] + extras["test"] + extras["dev"]
+    wanted = [*project["dependencies"], *(r for extra in extras.values() for r in extra)]
+    wanted = [r for r in wanted if not r.startswith(("moe-emergence[", "wandb"))]
     pins: dict[str, list[Version]] = {}
     for line in CONSTRAINTS.read_text("utf-8").splitlines()[1:]:
         pin = Requirement(line)
@@ -79,6 +90,21 @@ def test_sources_that_were_never_installed_are_not_judged(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(dependencies.metadata, "requires", absent)
     assert untested_here() == []
+
+
+def test_extras_are_those_of_the_project() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = {
+        name: [Requirement(r) for r in rs] for name, rs in project["optional-dependencies"].items()
+    }
+    named = {"sklearn": "scikit-learn", "reasoning_gym": "reasoning-gym"}
+    for extra, packages in EXTRAS.items():
+        wanted = {r.name for r in extras[extra] if r.name != "moe-emergence"}
+        assert wanted == {named.get(package, package) for package in packages}
+    # each includes the one before
+    for extra, included in (("analysis", "train"), ("test", "analysis")):
+        assert extras[extra][0].name == "moe-emergence"
+        assert extras[extra][0].extras == {included}
 
 
 def of_pandas(_: list[str]) -> int:
@@ -117,6 +143,26 @@ def test_a_dependency_that_fails_is_one_line(main, capsys: pytest.CaptureFixture
     assert "--debug" in printed
     with pytest.raises((KeyError, ImportError)):
         exit_code(main, ["--debug"])
+
+
+def of_a_missing_package(_: list[str]) -> int:
+    from sklearn.cluster import KMeans  # noqa: F401
+
+    return 0
+
+
+def test_a_package_of_an_extra_is_asked_for_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert exit_code(of_a_missing_package, []) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "sklearn is not installed; run pip install 'moe-emergence[train]'" in printed
+    with pytest.raises(ModuleNotFoundError):
+        exit_code(of_a_missing_package, ["--debug"])
 
 
 @pytest.mark.parametrize("packages", ["site-packages", "dist-packages"])

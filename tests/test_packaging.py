@@ -11,6 +11,7 @@ from conftest import REPOSITORY
 
 import emergence_kernels
 import moe_emergence
+from moe_emergence.extras import EXTRAS
 
 pytestmark = pytest.mark.slow
 
@@ -52,6 +53,51 @@ print("all of them")
     done = command("-c", script, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "all of them\n"
+
+
+CORE = """
+import contextlib, io, sys
+from importlib import import_module
+
+sys.modules.update(dict.fromkeys({hidden!r}))
+for name in ("moe", "models", "integrations.transformers", "generate.work", "verify.work"):
+    import_module(f"moe_emergence.{{name}}")
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from moe_emergence.models import upcycle
+
+sizes = dict(vocab_size=40, n_positions=8, n_layer=2, n_embd=16, n_head=2)
+config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+model = upcycle(GPT2LMHeadModel(config), layers=[1], num_experts=4, top_k=1).eval()
+ids = torch.zeros(1, 8, dtype=torch.long)
+model(ids, labels=ids).loss.backward()
+model.save_pretrained("core")
+again = AutoModelForCausalLM.from_pretrained("core")
+torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+from moe_emergence.command import run
+
+for line in {lines!r}:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = run(import_module(f"moe_emergence.{{line[0]}}").main, line[1:])
+    print(code, said.getvalue(), end="")
+"""
+
+
+def test_the_core_needs_no_extra_and_a_command_names_its_own(command: Command) -> None:
+    """And no Triton: torch for a GPU brings it."""
+    train, analysis = EXTRAS.values()
+    lines = [["train"], ["analyze", "runs/demo"], ["suite", "plan", "demo"]]
+    done = command("-c", CORE.format(hidden=(*train, *analysis, "triton"), lines=lines))
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.splitlines()
+    assert len(said) == len(lines), done.stdout
+    for (verb, *_), line in zip(lines, said, strict=True):
+        assert line.startswith("2 error: "), line
+        assert "is not installed; run pip install 'moe-emergence[" in line
+        assert verb == "train" or "[analysis]" in line
 
 
 AS_MODULES = """

@@ -1,4 +1,4 @@
-"""Routers that start at clusters of what they read.
+"""Routers that start at clusters of what they read; needs the extra `train`.
 
 Letters: T tokens, H model width, E experts.
 """
