@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from benchmarks.command import BUDGET_S, SIZE
-from benchmarks.contestants import OURS
-from benchmarks.layer import measure_layer, phase_work
-from benchmarks.results import Record
-from benchmarks.workloads import SHAPES, Case, make_problem
+from benchmarks.layer import measure_layer
+from benchmarks.results import Record, Row
+from benchmarks.workloads import SHAPES, Case
 
 pytest_plugins = ["benchmarks.fixtures"]
 
@@ -37,17 +36,9 @@ if SIZE == "tiny":
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace("/", "-"))
 def test_layer(case: Case, device: str, record: Record, benchmark: Any) -> None:
-    """All phases and contestants of a case; pytest-benchmark's own figure is `auto`'s full pass."""
-    rows = measure_layer(case, device, budget_s=BUDGET_S)
-    record(rows)
-    problem = make_problem(case, device)
-    auto = next(entry for entry in OURS if entry.name == "auto").prepare(problem)
-    work = phase_work(auto, problem.dy_TH, "full")
-    benchmark.group = case.name
+    """All phases and contestants of a case."""
 
-    def once() -> None:
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def measure() -> list[Row]:
+        return measure_layer(case, device, budget_s=BUDGET_S)
 
-    benchmark.pedantic(once, rounds=3, warmup_rounds=1)
+    record(benchmark.pedantic(measure, rounds=1))

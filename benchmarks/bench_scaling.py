@@ -10,11 +10,10 @@ pytest_plugins = ["benchmarks.fixtures"]
 
 
 def test_scaling(device: str, record: Record, benchmark: Any) -> None:
-    """pytest-benchmark's own figure is the time of the whole study."""
-    benchmark.group = "scaling"
+    """All sizes of the three sweeps."""
 
-    def study() -> list[Row]:
+    def measure() -> list[Row]:
         dtype = "bf16" if device == "cuda" else "fp32"
         return measure_scaling(device, dtype, budget_s=BUDGET_S / 6, tiny=SIZE == "tiny")
 
-    record(benchmark.pedantic(study, rounds=1))
+    record(benchmark.pedantic(measure, rounds=1))

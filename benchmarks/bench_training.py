@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from benchmarks.command import BUDGET_S, SIZE
-from benchmarks.results import Record
+from benchmarks.results import Record, Row
 from benchmarks.setups import SETUPS, Setup
-from benchmarks.steps import Bench
 from benchmarks.training_step import measure_training
 
 pytest_plugins = ["benchmarks.fixtures"]
@@ -30,14 +29,9 @@ else:
 def test_training(
     setup: Setup, precision: str, device: str, record: Record, benchmark: Any
 ) -> None:
-    """Every model in turns; pytest-benchmark's own figure is a step with `auto`."""
-    record(measure_training(setup, device, precision, budget_s=2 * BUDGET_S))
-    bench = Bench(setup, device, precision, "mixture")
-    benchmark.group = f"training {setup.name} {precision}"
+    """Every model in turns."""
 
-    def once() -> None:
-        bench.step("auto")
-        if device == "cuda":
-            torch.cuda.synchronize()
+    def measure() -> list[Row]:
+        return measure_training(setup, device, precision, budget_s=2 * BUDGET_S)
 
-    benchmark.pedantic(once, rounds=3, warmup_rounds=1)
+    record(benchmark.pedantic(measure, rounds=1))

@@ -1,5 +1,6 @@
-"""Memory: what a pass keeps for its backward, and the device's peak."""
+"""Memory: what a pass keeps for its backward, and peaks of the device and of the process."""
 
+import sys
 from collections.abc import Callable, Iterable
 
 import torch
@@ -34,3 +35,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def resident_peak() -> int | None:
+    """Peak resident memory of this process in bytes; None where Python does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,7 +1,7 @@
 """The layer suite: forward, backward and both, of every contestant on the same numbers."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,10 +176,11 @@ def _measure_phase(
         works[row.contestant], rows[row.contestant] = work, row
     samples = interleave(works, device, budget_s)
     limit_s = cost.seconds(rates)
+    passed = [name for name in samples if rows[name].verdict == "passed"]
     for name, timed in samples.items():
         rows[name] = replace(
             rows[name],
-            **timing_fields(timed, samples),
+            **timing_fields(name, samples, passed, REFERENCE),
             roofline_fraction=limit_s / timed.median,
             tokens_per_s=case.shape.tokens / timed.median,
         )
@@ -195,9 +196,15 @@ def _measure_phase(
 
 
 def timing_fields(
-    timed: Samples, samples: Mapping[str, Samples], reference: str = REFERENCE
+    name: str, samples: Mapping[str, Samples], passed: Collection[str], reference: str
 ) -> dict[str, Any]:
-    """Fields of a `Row` that follow from its samples and those of the reference."""
+    """Fields of the `Row` of `name` that follow from its samples and those it is held against.
+
+    Args:
+        passed: names that may be ranked.
+        reference: what `speedup` is over; it need not be there.
+    """
+    timed = samples[name]
     fields: dict[str, Any] = {
         "median_s": timed.median,
         "quartiles_s": timed.quartiles,
@@ -205,6 +212,10 @@ def timing_fields(
     }
     if reference in samples:
         fields["speedup"], fields["speedup_quartiles"] = timed.speedup_over(samples[reference])
+    ranking = sorted(passed, key=lambda one: samples[one].median)
+    if name in ranking[:-1]:
+        fields["next_slower"] = following = ranking[ranking.index(name) + 1]
+        fields["lead"], fields["lead_quartiles"] = timed.speedup_over(samples[following])
     return fields
 
 

@@ -1,6 +1,6 @@
 """From result files to a report: `python -m benchmarks.report JSON... --out docs/results/NAME`.
 
-Takes what `benchmarks.grid`, `benchmarks.scaling` and `pytest --benchmark-json` write, and makes a
+Takes what `benchmarks.grid`, `benchmarks.scaling` and `pytest --benchmark-only` write, and makes a
 folder with `report.md` and its figures as PNG and SVG.
 """
 

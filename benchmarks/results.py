@@ -41,6 +41,11 @@ class Row:
     speedup: float | None = None
     """Median over rounds of the reference's time in that round over this one's."""
     speedup_quartiles: tuple[float, float] | None = None
+    next_slower: str = ""
+    """Of those that passed, the one behind this one in median."""
+    lead: float | None = None
+    """Median over rounds of `next_slower`'s time in that round over this one's."""
+    lead_quartiles: tuple[float, float] | None = None
     graph_s: float | None = None
     """Median as a CUDA graph, without launch overhead; None where it cannot be captured, which
     `note` then explains."""
@@ -111,21 +116,11 @@ def write_document(path: Path, document: Document) -> None:
 
 
 def read_document(path: Path) -> Document:
-    """A document written here, or by `pytest --benchmark-json`.
-
-    Raises:
-        ValueError: for a file that is neither.
-    """
+    """A document written here; `ValueError` for another file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if isinstance(content, dict) and "benchmarks" in content:
-        extra = [b["extra_info"] for b in content["benchmarks"] if "rows" in b["extra_info"]]
-        if not extra:
-            raise ValueError(f"{path}: holds no rows of this benchmark suite")
-        raw = [row for info in extra for row in info["rows"]]
-        return Document(extra[0]["environment"], [_row(r) for r in raw])
     if not isinstance(content, dict) or not {"environment", "rows"} <= content.keys():
         raise ValueError(f"{path}: is not a document of this benchmark suite")
     return Document(content["environment"], [_row(r) for r in content["rows"]])

@@ -49,7 +49,7 @@ def measure_changes(setup: Setup, device: str, precision: str, *, budget_s: floa
         replace(
             blank,
             contestant=name,
-            **timing_fields(timed, samples, ALL),
+            **timing_fields(name, samples, (), ALL),
             tokens_per_s=setup.tokens / timed.median,
             peak_bytes=peaks[name],
         )

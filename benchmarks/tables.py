@@ -89,25 +89,25 @@ def _cells(row: Row) -> dict[str, str]:
     cells |= {"contestant": row.contestant, "verdict": row.verdict}
     cells["note"] = row.note.replace("|", "/")
     if row.median_s is not None:
-        cells["median"] = _short(row.median_s * 1e3)
+        cells["median"] = short(row.median_s * 1e3)
     if row.quartiles_s is not None:
-        cells["quartiles"] = "–".join(_short(s * 1e3) for s in row.quartiles_s)
+        cells["quartiles"] = "–".join(short(s * 1e3) for s in row.quartiles_s)
     if row.speedup is not None and row.speedup_quartiles is not None and ranked:
         low, high = row.speedup_quartiles
         cells["speedup"] = f"{row.speedup:.2f} ({low:.2f}–{high:.2f})"
     if row.graph_s is not None:
-        cells["graph"] = _short(row.graph_s * 1e3)
+        cells["graph"] = short(row.graph_s * 1e3)
     if row.roofline_fraction is not None and ranked:
         cells["roofline"] = f"{row.roofline_fraction:.0%}"
     if row.tokens_per_s is not None and row.suite == "training":
         cells["tokens"] = f"{row.tokens_per_s:,.0f}"
     for key, size in (("saved", row.saved_bytes), ("peak", row.peak_bytes)):
         if size is not None:
-            cells[key] = _short(size / 1e6)
+            cells[key] = short(size / 1e6)
     return cells
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 

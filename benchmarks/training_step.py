@@ -76,12 +76,13 @@ def measure_training(
                 seen.add(id(worker))
                 rows[name] = replace(rows[name], peak_bytes=worker.ask("peak"))
         samples = take_turns(works, budget_s)
+    passed = [name for name in samples if rows[name].verdict == "passed"]
     for name, timed in samples.items():
         flops = setup.flops(is_moe=name.removesuffix(GRAPH) != "dense")
         limit_s = flops / rates["fp32" if name == "predecessor" else precision].flops_per_s
         rows[name] = replace(
             rows[name],
-            **timing_fields(timed, samples, REFERENCE),
+            **timing_fields(name, samples, passed, REFERENCE),
             tokens_per_s=setup.tokens / timed.median,
             flops=flops,
             roofline_fraction=limit_s / timed.median,

@@ -4,8 +4,6 @@ A worker builds what it measures once and then answers requests over a pipe; bet
 waits, so only one works at a time.
 """
 
-import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.footprint import resident_peak
 from benchmarks.stopwatch import MAX_ROUNDS, MIN_ROUNDS, Samples, synchronize
 from emergence_kernels.processes import warm_processes
 
@@ -58,7 +57,7 @@ class Worker:
         self._process.join()
 
     def ask(self, request: str, name: str = "") -> Any:
-        """The answer to `look`, `step` (seconds) or `peak` (bytes).
+        """The answer to `look`, `step` (seconds) or `peak` (bytes; None where nothing counts them).
 
         Raises:
             RuntimeError: with what was raised there, or when the process has died.
@@ -124,7 +123,4 @@ def _answer(measured: Measured, request: str, name: str, device: str) -> Any:
         synchronize(device)
         return time.perf_counter() - start
     assert request == "peak"
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_peak()

@@ -54,6 +54,11 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         config.option.benchmark_disable = True
 
 
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Benchmarks are measured without the tests, which would only be skipped."""
+    return True if config.getoption("--benchmark-only", default=False) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Files with slow tests come first, then those of many: no worker ends alone with a long one.
 

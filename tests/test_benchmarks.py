@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from warm_commands import run_warm
 
 from benchmarks import layer, roofline
+from benchmarks.comparison import comparison
 from benchmarks.contestants import FLOOR, OURS, Contestant, Entry
 from benchmarks.gate import Gate, evaluate, sequential_results
 from benchmarks.grid import main as grid_main
@@ -285,28 +286,46 @@ def test_fitted_exponents_and_their_errors_are_those_of_least_squares() -> None:
 
 
 @pytest.fixture
-def pytest_at_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+def pytest_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     monkeypatch.setenv("BENCH_SIZE", "tiny")
     start = partial(run_warm, "-m", "pytest", "-q", "-p", "no:cacheprovider")
-    return partial(start, where=REPOSITORY, logs=tmp_path)
+    return partial(start, where=tmp_path, logs=tmp_path)
 
 
-def test_benchmark_only_measures_and_its_json_makes_a_report(
-    tmp_path: Path, pytest_at_root: Command
+def test_benchmark_only_shows_who_won_and_its_rows_make_a_report(
+    tmp_path: Path, pytest_elsewhere: Command
 ) -> None:
-    path = tmp_path / "bench.json"
-    done = pytest_at_root("--benchmark-only", "benchmarks", f"--benchmark-json={path}")
+    done = pytest_elsewhere("--benchmark-only", str(REPOSITORY / "benchmarks"))
     assert done.returncode == 0, done.stdout[-3000:]
-    assert "3 passed" in done.stdout
-    assert {row.suite for row in read_document(path).rows} == {"layer", "training", "scaling"}
+    shown, _, end = done.stdout.partition("= benchmarks =")[2].partition("This comparison: ")
+    assert "3 passed" in end
+    path = tmp_path / "runs" / "benchmarks" / "pytest.json"
+    assert f"Every row: {path}" in end
+    written = path.with_suffix(".md").read_text("utf-8")
+    assert written in shown
+    rows = read_document(path).rows
+    assert {row.suite for row in rows} == {"layer", "training", "scaling"}
+    assert written == comparison(rows)
+    # neither tests nor pytest-benchmark's table of them
+    assert "test_" not in shown
+    assert "Outliers" not in done.stdout
     assert build_report([path], tmp_path / "report").is_file()
 
 
-def test_a_plain_run_times_nothing(pytest_at_root: Command) -> None:
-    done = pytest_at_root("benchmarks/bench_layer.py", "benchmarks/bench_scaling.py", "-rs")
+def test_a_plain_run_times_nothing(pytest_elsewhere: Command, tmp_path: Path) -> None:
+    files = (REPOSITORY / "benchmarks" / f"bench_{name}.py" for name in ("layer", "scaling"))
+    done = pytest_elsewhere(*map(str, files), "-rs")
     assert done.returncode == 0, done.stdout[-3000:]
     assert "2 skipped" in done.stdout
     assert "timed by pytest --benchmark-only" in done.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_benchmark_only_collects_no_test(pytest_elsewhere: Command) -> None:
+    done = pytest_elsewhere("--benchmark-only", "--collect-only", str(REPOSITORY))
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "benchmarks/bench_layer.py::" in done.stdout
+    assert "tests/" not in done.stdout
 
 
 def test_layer_and_kernel_tests_need_no_optional_package() -> None:
