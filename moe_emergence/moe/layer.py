@@ -25,10 +25,10 @@ class MoELayer(nn.Module):
     is `y, decision = layer(x)` and `x = x + y`.
 
     Args:
-        hidden_size: H.
+        hidden_size: H, the model's width.
         expert_size: F, the inner width of one expert.
-        num_experts: E.
-        top_k: K.
+        num_experts: E, how many there are.
+        top_k: K, how many of them see a token.
         activation: "gelu_tanh" (GPT-2, with biases) or "swiglu" (without).
         router: "learned", or the null models "frozen" and "hash".
         top1_weight: weight of a top-1 expert's output, see `TopKRouter`.
