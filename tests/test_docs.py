@@ -1,4 +1,4 @@
-"""Every command in README and docs works, shortened, from a folder that is not the repository."""
+"""Every command and Python block in README and docs works, shortened, from another folder."""
 
 import importlib
 import re
@@ -6,12 +6,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ACCELERATE, REPOSITORY, TORCHRUN
+from transformers import GPT2Config, GPT2LMHeadModel, OlmoeConfig, OlmoeForCausalLM
 
+import make_hub_package
 from moe_emergence import suite
 from moe_emergence.analysis.figures import FIGURES
 from moe_emergence.command import parse
@@ -20,6 +23,7 @@ from moe_emergence.errors import exit_code
 from moe_emergence.experiments.suite_file import built_in
 from moe_emergence.presets import get_preset
 from moe_emergence.train import preset_name
+from moe_emergence.training.experiment import run_experiment
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +146,43 @@ def test_commands_work_one_after_another(
         assert words[:2] == ["python", "-m"], shown
         entry = importlib.import_module(words[2])
         assert exit_code(entry.main, words[3:]) == 0, shown
+
+
+def small_models(folder: Path) -> None:
+    """Tiny models under the names that the documents load from the hub or from a run."""
+    torch.manual_seed(0)
+    gpt2 = GPT2Config(n_layer=12, n_embd=8, n_head=2, vocab_size=300, n_positions=64)
+    GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
+    width = {"hidden_size": 8, "intermediate_size": 16, "vocab_size": 300}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    olmoe = OlmoeConfig(**width, **heads, num_experts=4, num_experts_per_tok=2)
+    OlmoeForCausalLM(olmoe).save_pretrained(folder / "allenai" / "OLMoE-1B-7B-0924")
+
+
+def python_blocks() -> list[tuple[Path, list[str]]]:
+    blocks = [
+        (d, re.findall(r"```python\n(.*?)```", d.read_text("utf-8"), re.S)) for d in DOCUMENTS
+    ]
+    return [(document, found) for document, found in blocks if found]
+
+
+@pytest.fixture
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the blocks read, in which they are run."""
+    small_models(tmp_path)
+    (tmp_path / "docs").symlink_to(REPOSITORY / "docs", target_is_directory=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_python_blocks_run(tiny_config: RunConfig, reader: Path) -> None:
+    """Those of a page one after another, in one namespace."""
+    run_experiment(replace(tiny_config, run_name="demo", output_dir=str(reader / "runs")))
+    make_hub_package.make(reader / "FOLDER", "owner/emergence-kernels")
+    for document, blocks in python_blocks():
+        namespace: dict[str, object] = {"__name__": document.name}
+        for block in blocks:
+            exec(compile(block, str(document), "exec"), namespace)
 
 
 def test_benchmark_commands_have_flags_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
