@@ -31,28 +31,71 @@ def test_kernels_is_a_source_root_and_no_package() -> None:
     assert not any((REPOSITORY / name / "__init__.py").exists() for name in ("tests", "benchmarks"))
 
 
-def test_every_module_imports_without_triton_and_the_optional_packages(command: Command) -> None:
-    """None in sys.modules makes an import fail, as on a machine without the package.
+WITHOUT_TRITON = """
+import importlib, sys
+import emergence_kernels
+assert "triton" not in sys.modules, "importing emergence_kernels imported triton"
+sys.modules.update(dict.fromkeys(("triton", "wandb", "megablocks", "stk")))
+for name in {modules!r}:
+    importlib.import_module(name)
+if {installed}:
+    import kernels
+    kernels.get_local_kernel
+
+import torch
+from emergence_kernels.operators import triton_is_installed
+from moe_emergence import train, verify
+from moe_emergence.moe import MoELayer, auxiliary_losses
+
+assert not triton_is_installed()
+
+
+def gradients(layer, path):
+    layer.dispatch = path
+    x = torch.randn(12, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    y, decision = layer(x.requires_grad_())
+    (y * torch.arange(8)).sum().add(sum(auxiliary_losses([decision]))).backward()
+    found = [y.detach(), x.grad, *(p.grad.clone() for p in layer.parameters())]
+    layer.zero_grad()
+    return found
+
+
+for activation in ("gelu_tanh", "swiglu"):
+    layer = MoELayer(8, 16, num_experts=4, top_k=2, activation=activation).double()
+    torch.testing.assert_close(gradients(layer, "fused"), gradients(layer, "sequential"))
+experts = torch.zeros(3, 1, dtype=torch.int64)
+w1, w2 = torch.randn(2, 4, 8).double(), torch.randn(2, 8, 4)
+try:
+    permutation = emergence_kernels.sort_by_expert(experts, 2)
+    emergence_kernels.expert_mlp(
+        torch.randn(3, 4), torch.ones(3, 1), w1, None, w2, None, permutation, "gelu_tanh"
+    )
+except ValueError as refusal:
+    assert "dtype" in str(refusal), refusal
+else:
+    raise AssertionError("weights of another dtype were taken")
+certified = ["--device", "cpu", "--dtype", "fp32", "--activation", "swiglu", "--cases", "1"]
+assert verify.main(certified) == 0
+assert train.main({flags!r}) == 0
+print("all of it")
+"""
+
+
+def test_everything_but_the_gpu_works_without_triton_and_the_optional_packages(
+    command: Command, tiny_flags: list[str]
+) -> None:
+    """None in sys.modules makes an import fail, as where there is no Triton (Windows, macOS).
 
     From the repository's root, where `kernels` must not be taken for the package of that name which
     transformers looks for, nor hide it.
     """
     installed = any(found.name == "kernels" for found in metadata.distributions())
-    script = f"""
-import importlib, sys
-import emergence_kernels
-assert "triton" not in sys.modules, "importing emergence_kernels imported triton"
-sys.modules.update(dict.fromkeys(("triton", "wandb", "megablocks", "stk")))
-for name in {modules()!r}:
-    importlib.import_module(name)
-if {installed}:
-    import kernels
-    kernels.get_local_kernel
-print("all of them")
-"""
+    flags = [*tiny_flags, "--dispatch", "fused"]
+    script = WITHOUT_TRITON.format(modules=modules(), installed=installed, flags=flags)
     done = command("-c", script, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout == "all of them\n"
+    assert done.stdout.endswith("all of it\n")
+    assert "certified: fused on cpu" in done.stdout
 
 
 CORE = """
