@@ -1,4 +1,4 @@
-"""The device that `--device` names."""
+"""The device that `--device` names, and that of a model."""
 
 import torch
 
@@ -17,3 +17,9 @@ def find_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if found else "cpu")
     return torch.device(name)
+
+
+def input_device(model: torch.nn.Module) -> torch.device:
+    """Where a model reads its tokens; weights that are offloaded are nowhere."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_emergence.analysis.loading import input_device
 from moe_emergence.analysis.routers import RouterInfo, find_routers
 from moe_emergence.analysis.steering import choosing_again
+from moe_emergence.device import input_device
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.lower_layers import lower_states_given, states_read
 from moe_emergence.models.mode import evaluating

@@ -93,9 +93,3 @@ def free_bytes(placement: Placement) -> int:
         return host + sum(torch.cuda.mem_get_info(n)[0] for n in range(count))
     device = find_device(placement.device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host
-
-
-def input_device(model: torch.nn.Module) -> torch.device:
-    """Where a model reads its tokens; weights that are offloaded are nowhere."""
-    device = next(model.parameters()).device
-    return torch.device("cpu") if device.type == "meta" else device

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from moe_emergence.analysis.loading import input_device
+from moe_emergence.device import input_device
 from moe_emergence.models.mode import evaluating
 from moe_emergence.moe import RouterDecision
 from moe_emergence.moe.pools import DocumentPools
