@@ -67,7 +67,7 @@ def test_the_text_can_be_read_long_before_the_charts_are_drawn(page: Any) -> Non
 
 def test_charts_are_drawn_and_follow_the_controls(page: Any) -> None:
     assert page.locator("#heat .hm").count() >= 1
-    assert page.locator("#curves .scatterlayer .trace").count() == 2
+    assert page.locator("#curves .scatterlayer .trace").count() == 4
     page.locator("#heat-details summary").click()
     before = page.locator("#heat-table").inner_text()
     page.select_option("#heat-metric", "similarity")
@@ -119,7 +119,7 @@ def test_pressing_an_expert_shows_where_it_fires(page: Any) -> None:
     expert = page.locator(".tok").first.get_attribute("data-expert")
     page.locator(f'#ex-legend button[data-expert="{expert}"]').click()
     assert 0 < page.locator(".tok.hit").count() < page.locator(".tok").count()
-    assert f"top of {expert}" in page.locator("#ex-top").inner_text()
+    assert f"top·of·{expert}" in page.locator("#ex-top").inner_text()
     page.locator(f'#ex-legend button[data-expert="{expert}"]').click()
     assert page.locator(".tok.dim").count() == 0
 
@@ -130,7 +130,7 @@ def test_hostile_text_is_shown_and_does_not_run(page: Any) -> None:
 
 
 def test_names_are_shown_as_they_are_in_charts_and_tables(page: Any) -> None:
-    assert page.locator("#curves .legendtext").first.text_content() == "run-0 <b>&, all"
+    assert page.locator("#curves .legendtext").first.text_content() == "run-0 <b>&, code"
     page.locator("#curve-details summary").click()
     assert "run-0 <b>&, all" in page.locator("#curve-table").inner_text()
 
@@ -150,11 +150,88 @@ def test_theme_changes_with_the_button(page: Any) -> None:
     before = page.evaluate(colour)
     page.locator("#theme").click()
     assert page.evaluate(colour) != before
-    assert page.locator("#theme").get_attribute("aria-pressed") == "true"
+    assert page.locator("#theme").inner_text() == "Switch to light"
+    page.locator("#theme").click()
+    assert page.locator("#theme").inner_text() == "Switch to dark"
+    assert page.evaluate(colour) == before
 
 
-def test_dark_scheme_and_a_phone(browser: Any, report: Path) -> None:
-    for page in opened(browser, report, width=360, scheme="dark"):
-        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-        width = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
-        assert page.evaluate(width) <= 0
+def test_cards_say_what_experts_read(page: Any) -> None:
+    card = page.locator("#expert-0")
+    text = card.inner_text()
+    assert "space 90%" in text
+    assert f"{HOSTILE} read by 0" in text.replace("·", " ")
+    assert "most on prose: +0.300" in text
+    assert card.locator(".passage mark").count() == 2
+    assert page.locator("#me-cards .card").count() == 8
+    card.get_by_role("button").click()
+    assert (
+        page.locator('#ex-legend button[aria-pressed="true"]').get_attribute("data-expert") == "0"
+    )
+    nearest = card.locator("a")
+    assert page.locator(nearest.get_attribute("href")).count() == 1
+
+
+def test_every_control_is_reached_with_tab_and_seen(page: Any) -> None:
+    """From the top, until focus comes back; what is focused has an outline."""
+    wanted = page.evaluate(
+        """[...document.querySelectorAll('a[href], select, input, button, summary, .tok')]
+        .filter((n) => n.checkVisibility() && (!n.matches('.tok') || n.tabIndex === 0)).length"""
+    )
+    controls = "document.activeElement.matches('a[href], select, input, button, summary, .tok')"
+    outlined = "getComputedStyle(document.activeElement).outlineStyle !== 'none'"
+    reached = 0
+    for _ in range(3 * wanted):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement === document.body"):
+            break
+        assert page.evaluate(outlined)
+        reached += page.evaluate(controls)
+    assert reached == wanted
+
+
+@pytest.mark.parametrize(
+    ("domains", "experts", "scheme"), [(1, 2, "light"), (3, 8, "dark"), (12, 64, "light")]
+)
+def test_a_phone_shows_all_of_any_domains(
+    browser: Any, tmp_path: Path, domains: int, experts: int, scheme: str
+) -> None:
+    """Arbitrary names are whole, nothing scrolls sideways, no label leaves its chart."""
+    names = [f"<b>{'domain ' * 3}& {i}</b>" for i in range(domains)]
+    folder = write_analysis(tmp_path, runs=1, experts=experts, domains=names)
+    for page in opened(browser, write_report(folder), width=400, scheme=scheme):
+        assert page.evaluate("document.documentElement.dataset.theme") == scheme
+        assert page.locator("#me-legend li").all_inner_texts() == names
+        colours = "getComputedStyle(node.querySelector('.dot')).backgroundColor"
+        legend = page.locator("#me-legend li").evaluate_all(f"all => all.map(node => {colours})")
+        assert len(set(legend)) == domains
+        buttons = page.locator("#ex-legend button").evaluate_all(
+            "all => all.map(node => node.style.getPropertyValue('--swatch'))"
+        )
+        assert len(set(buttons)) == experts
+        page.evaluate("document.querySelectorAll('details').forEach((part) => (part.open = true))")
+        for metric in page.locator("#heat-metric option").evaluate_all(
+            "all => all.map(o => o.value)"
+        ):
+            page.select_option("#heat-metric", metric)
+            assert page.evaluate(BEYOND, "#heat") == []
+        for curve in page.locator("#curve option").evaluate_all("all => all.map(o => o.value)"):
+            page.select_option("#curve", curve)
+            assert page.evaluate(BEYOND, "#curves") == []
+        assert page.evaluate(SIDEWAYS) == []
+
+
+BEYOND = """(chart) => {
+  const frame = document.querySelector(chart).getBoundingClientRect();
+  const texts = document.querySelectorAll(`${chart} .xtick text, ${chart} .ytick text, `
+    + `${chart} .xtitle, ${chart} .ytitle, ${chart} .colorbar text`);
+  return [...texts].filter((node) => {
+    const box = node.getBoundingClientRect();
+    return box.left < frame.left - 1 || box.right > frame.right + 1
+      || box.top < frame.top - 1 || box.bottom > frame.bottom + 1;
+  }).map((node) => node.textContent);
+}"""
+SIDEWAYS = """[...document.querySelectorAll('html, body *:not(svg *)')]
+  .filter((node) => node.scrollWidth > node.clientWidth + 1 && node.clientWidth > 0
+    && (node === document.documentElement || /auto|scroll/.test(getComputedStyle(node).overflowX)))
+  .map((node) => node.id || node.className || node.tagName)"""

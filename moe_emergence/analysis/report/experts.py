@@ -77,7 +77,7 @@ def _cards(here: Tables, shares: pd.DataFrame) -> list[ExpertCard]:
     words = _by_expert(here.get("vocabulary"), "rank")
     passages = _by_expert(here.get("passages"), "rank")
     damage = _by_expert(here.get("knockout"))
-    alike = _by_expert(_similar(here.get("similarity")))
+    nearest = _nearest(here.get("similarity"))
     cards = []
     for expert in sorted(fractions.index):
         of_domains = fractions.loc[expert]
@@ -90,7 +90,7 @@ def _cards(here: Tables, shares: pd.DataFrame) -> list[ExpertCard]:
                 _most_above(types.get(int(expert), {}), overall),
                 tuple(str(row["token"]) for row in words.get(int(expert), [])[:MOST_TOKENS]),
                 tuple(_passage(row) for row in passages.get(int(expert), [])),
-                _nearest(alike.get(int(expert), [])),
+                nearest.get(int(expert)),
                 _damage(damage.get(int(expert), [])),
             )
         )
@@ -129,19 +129,19 @@ def _most_above(own: Mapping[str, float], overall: Mapping[str, float]) -> tuple
     return tuple(sorted(found, key=lambda one: one.overall - one.share)[:MOST_TYPES])
 
 
-def _similar(table: pd.DataFrame | None) -> pd.DataFrame | None:
+def _nearest(table: pd.DataFrame | None) -> dict[int, Row]:
     """By what experts put out; what they weigh is nearly the same for all that start as copies."""
     if table is None or table.empty:
-        return None
-    kinds = [kind for kind in ("outputs", "moved", "weights") if (table["kind"] == kind).any()]
-    return table[(table["kind"] == kinds[0]) & (table["expert"] != table["other_expert"])]
-
-
-def _nearest(rows: Sequence[Row]) -> Row | None:
-    if not rows:
-        return None
-    best = max(rows, key=lambda row: float(row["cosine"]))
-    return {"expert": int(best["other_expert"]), "cosine": best["cosine"], "kind": best["kind"]}
+        return {}
+    kind = next(one for one in ("outputs", "moved", "weights") if (table["kind"] == one).any())
+    others = table[(table["kind"] == kind) & (table["expert"] != table["other_expert"])]
+    best = others.loc[others.groupby("expert")["cosine"].idxmax().dropna()]
+    return {
+        int(row["expert"]): {
+            "expert": int(row["other_expert"]), "cosine": row["cosine"], "kind": kind
+        }
+        for row in best.to_dict("records")
+    }  # fmt: skip
 
 
 def _damage(rows: Sequence[Row]) -> Row | None:

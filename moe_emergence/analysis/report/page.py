@@ -12,17 +12,18 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
-from moe_emergence.analysis.report.payload import (
-    OKABE_ITO,
-    curve_data,
-    heatmap_data,
-    vocabulary_data,
-)
+from moe_emergence.analysis.counts import NULL_ROUTERS
+from moe_emergence.analysis.palette import FOR_ANY_EYE, PALETTE
+from moe_emergence.analysis.report.curves import curve_data
+from moe_emergence.analysis.report.experts import card_data, expert_cards
+from moe_emergence.analysis.report.heatmaps import heatmap_data
 from moe_emergence.analysis.report.summary import summarise
-from moe_emergence.analysis.tidy import read_tables
+from moe_emergence.analysis.report.verdict import type_sentence
+from moe_emergence.analysis.tidy import FIGURES, read_tables
 from moe_emergence.run_folder import disk_error, read_json
 
 MOST_BYTES = 5_000_000
+SCRIPTS = ("base.js", "experts.js", "explorer.js", "charts.js", "start.js")
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,15 @@ def write_report(folder: Path) -> Path:
     payload = {
         "heatmaps": heatmap_data(tables),
         "curves": curve_data(tables),
-        "vocabulary": vocabulary_data(tables),
+        "experts": {
+            run["name"]: card_data(expert_cards(tables, run["name"])) for run in about["runs"]
+        },
         "explorer": read_json(explorer)["runs"] if explorer.is_file() else [],
-        "colours": OKABE_ITO,
+        "colours": PALETTE,
+        "anyEye": FOR_ANY_EYE,
     }
-    page = render(about, tables, payload)
+    figures = sorted(path.name for path in (folder / FIGURES).glob("*.[pg][ni][gf]"))
+    page = render(about, tables, payload, figures)
     path = folder / "report.html"
     if len(page.encode()) > MOST_BYTES:
         logger.warning("%s has %.1f MB: name fewer sources", path, len(page.encode()) / 1e6)
@@ -62,7 +67,9 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def render(about: dict[str, Any], tables: dict[str, Any], payload: dict[str, Any]) -> str:
+def render(
+    about: dict[str, Any], tables: dict[str, Any], payload: dict[str, Any], figures: list[str]
+) -> str:
     """The page as text; everything that is not ours in it is escaped or compressed."""
     own = resources.files("moe_emergence.analysis.report")
     environment = jinja2.Environment(
@@ -74,12 +81,18 @@ def render(about: dict[str, Any], tables: dict[str, Any], payload: dict[str, Any
     return template.render(
         about=about,
         findings=summarise(about["runs"], tables),
+        type_sentence=type_sentence,
+        null_routers=NULL_ROUTERS,
         tables=sorted(tables),
+        figures=figures,
         css=(own / "report.css").read_text(encoding="utf-8"),
-        js=(own / "report.js").read_text(encoding="utf-8"),
+        js="".join((own / name).read_text(encoding="utf-8") for name in SCRIPTS),
         plotly=packed(get_plotlyjs()),
         payload=packed(numbers),
-        has={name: bool(payload[name]) for name in ("heatmaps", "curves", "explorer")},
+        has={
+            "experts": any(payload["experts"].values()),
+            **{name: bool(payload[name]) for name in ("heatmaps", "curves", "explorer")},
+        },
     )
 
 
