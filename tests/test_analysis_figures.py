@@ -17,6 +17,7 @@ from moe_emergence.analysis.figures.subjects import (
     plot_expert_slots,
     plot_information,
     plot_similarity,
+    plot_training,
 )
 from moe_emergence.analysis.tidy import read_tables, write_tables
 from moe_emergence.errors import RunError
@@ -30,10 +31,14 @@ def test_heatmaps_show_the_tables_numbers(tmp_path: Path) -> None:
     panels = [axis for axis in figure.axes if axis.images]
     assert len(panels) == 4  # 2 layers x 2 kinds
     first = table[(table["layer"] == 0) & (table["kind"] == "weights")]
-    expected = first.pivot_table("cosine", "expert", "other_expert").to_numpy()
-    np.testing.assert_allclose(panels[0].images[0].get_array(), expected)
+    expected = first.pivot_table("cosine", "expert", "other_expert").to_numpy(copy=True)
+    np.fill_diagonal(expected, np.nan)  # always 1: it would take the whole scale
+    image = panels[0].images[0]
+    np.testing.assert_allclose(np.ma.filled(image.get_array(), np.nan), expected)
+    others = table[table["expert"] != table["other_expert"]]["cosine"]
+    assert image.get_clim() == (others.min(), others.max())
     assert panels[0].get_xlabel() == "other expert"
-    assert panels[0].texts[0].get_text() == "1.00"
+    assert panels[0].texts[0].get_text() == f"{expected[0, 1]:.2f}"
 
 
 def test_every_axis_has_a_unit(tmp_path: Path) -> None:
@@ -45,6 +50,13 @@ def test_every_axis_has_a_unit(tmp_path: Path) -> None:
     figure = plot_collapse(tables["collapse"])
     assert figure.get_supxlabel() == "training step"
     assert len([line for line in figure.axes[0].lines if len(line.get_xdata())]) == 2
+
+
+def test_losses_of_any_domains_are_drawn(tmp_path: Path) -> None:
+    tables = read_tables(write_analysis(tmp_path, domains=["law", "<b>"]))
+    figure = plot_training(tables["training"])
+    assert figure is not None
+    assert {axis.get_title(loc="left") for axis in figure.axes} == {"all", "law"}
 
 
 def test_slots_have_a_figure_only_where_there_are_several(tmp_path: Path) -> None:

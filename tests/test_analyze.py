@@ -1,7 +1,9 @@
 """`python -m moe_emergence.analyze` on runs, on Hugging Face mixtures, and misused."""
 
 import csv
+import html
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from routing_models import tiny_mixture
 from warm_commands import run_warm
 
 from moe_emergence.analysis.documents import main_documents, spread, take
+from moe_emergence.analysis.explorer import OWN_TEXTS, read_text
 from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.loading import Placement, load_model
@@ -84,7 +87,11 @@ def test_loss_is_the_one_the_run_logged(run: RunFolder, analysed: Path) -> None:
 def test_every_table_is_there_in_both_forms(analysed: Path) -> None:
     names = {path.stem for path in (analysed / "tables").glob("*.parquet")}
     assert names == {path.stem for path in (analysed / "tables").glob("*.csv")}
-    expected = {figure.table for figure in FIGURES.values()} | {"vocabulary", "trajectory"}
+    expected = {figure.table for figure in FIGURES.values()} | {
+        "vocabulary",
+        "passages",
+        "trajectory",
+    }
     # one layer, one expert per token; no test was asked for
     assert names == expected - {"coactivation", "module_damage", "retention", "regret"}
     for path in (analysed / "tables").glob("*.parquet"):
@@ -228,8 +235,32 @@ def test_the_command_says_what_to_open(run: RunFolder, tmp_path: Path) -> None:
     command = ("-m", "moe_emergence.analyze", str(run.root))
     done = run_warm(*command, *flags, where=tmp_path, logs=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "open" in done.stderr
-    assert "report.html" in "".join(done.stderr.split())
+    *_, last = done.stdout.splitlines()
+    assert last == f"report: {tmp_path}/out/report.html"
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    opening = re.search(r'class="headline">([^<]+)<', page)
+    assert opening
+    assert html.unescape(opening[1]) in done.stdout
+    assert "Experts of tiny" in done.stdout
+
+
+def test_a_text_of_ones_own_is_explored(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "mine.txt"
+    own.write_text("the <b>expert</b> é\n" * 400, encoding="utf-8")
+    source = open_source(str(run.root), "run", "cpu")
+    parts = read_text(own, source.tokenizer, 16)["mine.txt"]
+    assert [len(part) for part in parts] == [16] * OWN_TEXTS
+    flags = [*FEW, "--knockout-tokens", "0", "--out", str(tmp_path / "out"), "--text", str(own)]
+    assert main([str(run.root), *flags, "--cache-dir", str(cache_folder)]) == 0
+    (one,) = json.loads((tmp_path / "out/explorer.json").read_text())["runs"]
+    texts = [text for text in one["texts"] if text["domain"] == "mine.txt"]
+    assert [text["title"] for text in texts] == [f"mine.txt {n + 1}" for n in range(OWN_TEXTS)]
+    assert own.read_text(encoding="utf-8").startswith("".join(texts[0]["tokens"]))
+    (tmp_path / "none.txt").write_bytes(b"\xff")
+    (tmp_path / "empty.txt").touch()
+    for name, message in (("none", "cannot be read as UTF-8"), ("empty", "it has no text")):
+        with pytest.raises(ValueError, match=rf"--text .*{name}.txt.*{message}"):
+            read_text(tmp_path / f"{name}.txt", source.tokenizer, 16)
 
 
 def test_several_runs_are_compared(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:

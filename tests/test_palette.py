@@ -1,14 +1,20 @@
 """Colours of experts: different ones, for other eyes and in terminals too."""
 
+import io
 import itertools
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from rich.color import Color, ColorSystem
+from rich.console import Console
 
 from moe_emergence.analysis.palette import FOR_ANY_EYE, PALETTE, TERMINAL_16
+from moe_emergence.analysis.token_routing import print_routing
 
 # Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB
 VISIONS = {
@@ -68,3 +74,22 @@ def test_terminals_show_them_as_different_colours() -> None:
     for colours, system in ((PALETTE, ColorSystem.EIGHT_BIT), (TERMINAL_16, ColorSystem.STANDARD)):
         shown = {Color.parse(colour).downgrade(system).number for colour in colours}
         assert len(shown) == len(colours)
+
+
+@pytest.mark.parametrize(("system", "experts"), [("truecolor", 12), ("256", 12), ("standard", 12)])
+def test_tokens_of_two_experts_look_different(system: Any, experts: int) -> None:
+    """As a terminal gets them: no two of twelve experts have one escape sequence."""
+    chosen = torch.arange(experts)[:, None]
+    model: Any = lambda **_: SimpleNamespace(  # noqa: E731
+        router_decisions=[SimpleNamespace(topk_experts=chosen)]
+    )
+    model.config = SimpleNamespace(num_experts=experts)
+    model.moe_layers = lambda: {3: None}
+    tokenizer: Any = SimpleNamespace(decode=lambda ids: f"<{ids[0]}>")
+    console = Console(file=io.StringIO(), color_system=system, force_terminal=True, width=400)
+    print_routing(console, model, tokenizer, torch.arange(experts)[None])
+    assert isinstance(console.file, io.StringIO)
+    seen = re.findall(r"\x1b\[([\d;]+)m<\d+>", console.file.getvalue())
+    assert len(set(seen)) == len(seen) == experts
+    numbered = f"[{experts - 1}]" in re.sub(r"\x1b\[[\d;]*m", "", console.file.getvalue())
+    assert numbered == (system == "standard")

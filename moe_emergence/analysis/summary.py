@@ -41,13 +41,24 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
         if moe is not None and other is not None and moe["step"] == other["step"]:
             gaps = [f"{moe[key] - other[key]:+.4f}" for key in keys.values()]
             columns[title] = [str(moe["step"]), *gaps, ""]
-    table = Table(title="Evaluation lm_loss, nats per token (auxiliary losses not included)")
+    table = Table(
+        title="Evaluation lm_loss, nats per token (auxiliary losses not included)",
+        caption=_evaluated_on(next(iter(runs.values()))),
+    )
     table.add_column("")
     for title in columns:
         table.add_column(title, justify="right")
     for name, *cells in zip(("step", *keys, "tokens/s"), *columns.values(), strict=True):
         table.add_row(name, *cells)
     return table
+
+
+def _evaluated_on(run: RunFolder) -> str | None:
+    """What the losses are of, since analyze reads more and gives another one."""
+    blocks = read_json(run.config)["monitor"]["eval_blocks"] if run.config.is_file() else 0
+    if not blocks:
+        return None
+    return f"of the first {blocks} blocks of each domain (--eval-blocks); analyze reads more"
 
 
 def domain_bits(run: RunFolder) -> list[float]:

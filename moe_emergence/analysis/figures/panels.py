@@ -41,10 +41,12 @@ def grid(count: int, width: float, height: float, most: int = COLUMNS) -> tuple[
 
 def heatmaps(
     table: pd.DataFrame, *, rows: str, columns: str, value: str, label: str, title: str,
-    panels: Sequence[str] = ("run", "layer"), signed: bool = False, scale: float = 1.0,
-    form: str = "{:.0f}", across: int = COLUMNS,
+    panels: Sequence[str] = ("run", "layer"), signed: bool = False,
+    from_least: bool = False, scale: float = 1.0, form: str = "{:.0f}", across: int = COLUMNS,
 ) -> Figure:  # fmt: skip
     """A heatmap for every combination of `panels`, all with one colour scale.
+
+    It begins at 0, at the least value with `from_least`, and is even around 0 with `signed`.
 
     Values are written into the cells where there are at most `MOST_WRITTEN` columns.
     """
@@ -60,7 +62,10 @@ def heatmaps(
     figure, axes = grid(len(tables), *size, across)
     values = np.concatenate([part.to_numpy().ravel() for _, part in tables])
     top = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-    norm = Normalize(-top if signed else 0, top or 1.0)
+    low = -top if signed else 0.0
+    if from_least and np.isfinite(values).any():
+        low, top = float(np.nanmin(values)), float(np.nanmax(values))
+    norm = Normalize(low, top if top > low else low + 1.0)
     colours = ScalarMappable(norm, SIGNED if signed else QUANTITY)
     for axis, (key, part) in zip(axes, tables, strict=True):
         axis.imshow(part.to_numpy(), cmap=colours.cmap, norm=norm, aspect="auto")
@@ -75,7 +80,7 @@ def heatmaps(
         if part.shape[1] <= MOST_WRITTEN and len(part) <= 24:
             for (r, c), cell in np.ndenumerate(part.to_numpy()):
                 if np.isfinite(cell):
-                    dark = abs(cell) > 0.6 * top if signed else cell < 0.5 * top
+                    dark = abs(cell) > 0.6 * top if signed else norm(cell) < 0.5
                     axis.text(
                         c, r, written(cell, form), ha="center", va="center", fontsize=6,
                         color="white" if dark else "black", in_layout=False,

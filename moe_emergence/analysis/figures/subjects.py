@@ -172,10 +172,11 @@ def plot_regret(table: pd.DataFrame) -> Figure:
 
 
 def plot_similarity(table: pd.DataFrame) -> Figure:
-    """Cosines between experts."""
+    """Cosines between experts; of one with itself it is 1 and left blank."""
     return heatmaps(
-        table, rows="expert", columns="other_expert", value="cosine",
-        panels=("run", "layer", "kind"), signed=True, label="cosine", form="{:.2f}",
+        table.assign(cosine=table["cosine"].where(table["expert"] != table["other_expert"])),
+        rows="expert", columns="other_expert", value="cosine",
+        panels=("run", "layer", "kind"), from_least=True, label="cosine", form="{:.2f}",
         across=3,
         title="How alike experts are: weights, what they moved, outputs",
     )  # fmt: skip

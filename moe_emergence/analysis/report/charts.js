@@ -53,7 +53,7 @@ const showHeatmaps = (data) => {
     const room = ($("heat").clientWidth - (narrow() ? 130 : 300)) / view.columns.length;
     const digits = Math.max(...values.map(Math.abs)) < 0.1 ? 3 : 2;
     const trace = {
-      type: "heatmap", z: view.z, x: view.columns.map(wrapped), y: view.rows.map(wrapped), xgap: 1, ygap: 1,
+      type: "heatmap", z: view.z, x: view.columns.map(wrapped), y: view.rows.map(wrapped), xgap: view.columns.length > 16 ? 0 : 1, ygap: view.rows.length > 32 ? 0 : 1,
       ...colours(metric().scale, values), customdata: view.rows.map((name) => view.columns.map(() => plain(name))),
       texttemplate: room >= 40 ? `%{z:.${digits}f}` : "", hoverongaps: false,
       colorbar: narrow() ? { orientation: "h", y: 1, yanchor: "bottom", x: 0.5, len: 1, thickness: 10, nticks: 4 } : { thickness: 14 },

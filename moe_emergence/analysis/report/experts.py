@@ -104,9 +104,10 @@ def _all_slots(table: pd.DataFrame | None) -> pd.DataFrame | None:
 def _by_expert(table: pd.DataFrame | None, order: str | None = None) -> dict[int, list[Row]]:
     if table is None or table.empty:
         return {}
-    if order:
-        table = table.sort_values(order)
-    return {int(e): part.to_dict("records") for e, part in table.groupby("expert")}
+    found: dict[int, list[Row]] = {}
+    for row in (table.sort_values(order) if order else table).to_dict("records"):
+        found.setdefault(int(row["expert"]), []).append({str(key): row[key] for key in row})
+    return found
 
 
 def _types(table: pd.DataFrame | None) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
