@@ -22,8 +22,9 @@ class Group:
 
     @property
     def title(self) -> str:
-        """Suite, sizes and phase, in one line."""
-        return f"{self.suite} {self.name}, {self.phase}"
+        """Suite, sizes, phase and rounds, in one line."""
+        rounds = max(row.rounds for row in self.rows)
+        return f"{self.suite} {self.name}, {self.phase}, {rounds} rounds"
 
     @property
     def ranking(self) -> list[Row]:
@@ -109,7 +110,7 @@ def _left_out(groups: Sequence[Group]) -> str:
                 found.setdefault(key, {})[f"{group.suite} {group.name}"] = None
     every = len({group.name for group in groups if group.suite == "layer"})
     lines = []
-    for (contestant, verdict, note), where in found.items():
+    for (contestant, verdict, note), where in sorted(found.items(), key=lambda item: item[0][0]):
         places = "every layer" if len(where) == every > 1 else ", ".join(where)
         lines.append(f"- {contestant}: {verdict} ({places}): {note}")
     return "\n".join(lines)

@@ -79,7 +79,7 @@ def test_a_group_shows_its_winner_and_by_how_much() -> None:
         "grouped 1.50 (1.50-1.50)",
         "sequential 2.00 (2.00-2.00)",
     ]
-    ranked = cells(shown()["layer g, full"])
+    ranked = cells(shown()["layer g, full, 5 rounds"])
     assert [row[:2] for row in ranked] == [
         *(["1", "fused"], ["2", "grouped"], ["3", "sequential"], ["", "floor (floor)"]),
     ]
@@ -102,9 +102,9 @@ def test_the_refused_are_kept_apart_with_their_reasons() -> None:
             assert not re.search(r"megablocks|broken|imprecise", part), name
     lines = parts["Not compared, and why"].strip().splitlines()
     assert lines == [
+        "- broken: failed (layer g): y is wrong",
         "- imprecise: imprecise (layer g): w1 is 3.0 times as far",
         "- megablocks: not installed (layer g): no module | 'megablocks'",
-        "- broken: failed (layer g): y is wrong",
     ]
 
 
