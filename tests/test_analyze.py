@@ -15,7 +15,7 @@ from routing_models import tiny_mixture
 from warm_commands import run_warm
 
 from moe_emergence.analysis.documents import main_documents, spread, take
-from moe_emergence.analysis.explorer import OWN_TEXTS, read_text
+from moe_emergence.analysis.explorer import OWN_TEXTS, own_text
 from moe_emergence.analysis.figures import FIGURES, write_figures
 from moe_emergence.analysis.knockout import domain_losses
 from moe_emergence.analysis.loading import Placement, load_model
@@ -248,7 +248,7 @@ def test_a_text_of_ones_own_is_explored(run: RunFolder, cache_folder: Path, tmp_
     own = tmp_path / "mine.txt"
     own.write_text("the <b>expert</b> é\n" * 400, encoding="utf-8")
     source = open_source(str(run.root), "run", "cpu")
-    parts = read_text(own, source.tokenizer, 16)["mine.txt"]
+    parts = own_text(own, source.tokenizer, 16)["mine.txt"]
     assert [len(part) for part in parts] == [16] * OWN_TEXTS
     flags = [*FEW, "--knockout-tokens", "0", "--out", str(tmp_path / "out"), "--text", str(own)]
     assert main([str(run.root), *flags, "--cache-dir", str(cache_folder)]) == 0
@@ -260,7 +260,7 @@ def test_a_text_of_ones_own_is_explored(run: RunFolder, cache_folder: Path, tmp_
     (tmp_path / "empty.txt").touch()
     for name, message in (("none", "cannot be read as UTF-8"), ("empty", "it has no text")):
         with pytest.raises(ValueError, match=rf"--text .*{name}.txt.*{message}"):
-            read_text(tmp_path / f"{name}.txt", source.tokenizer, 16)
+            own_text(tmp_path / f"{name}.txt", source.tokenizer, 16)
 
 
 def test_several_runs_are_compared(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:
