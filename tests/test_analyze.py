@@ -247,7 +247,7 @@ def test_the_command_says_what_to_open(run: RunFolder, tmp_path: Path) -> None:
 def test_a_text_of_ones_own_is_explored(run: RunFolder, cache_folder: Path, tmp_path: Path) -> None:
     own = tmp_path / "mine.txt"
     own.write_text("the <b>expert</b> é\n" * 400, encoding="utf-8")
-    source = open_source(str(run.root), "run", "cpu")
+    source = open_source(str(run.root), "run", Placement())
     parts = own_text(own, source.tokenizer, 16)["mine.txt"]
     assert [len(part) for part in parts] == [16] * OWN_TEXTS
     flags = [*FEW, "--knockout-tokens", "0", "--out", str(tmp_path / "out"), "--text", str(own)]
