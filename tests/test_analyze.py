@@ -25,7 +25,8 @@ from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.analysis.sources import Source, TextChoice, open_source, read_text
 from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze import main
-from moe_emergence.analyze.work import analyze, made_by, output_folder, source_names
+from moe_emergence.analyze.describe import made_by, source_names
+from moe_emergence.analyze.work import analyze, output_folder
 from moe_emergence.config import SHIPPED, RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.errors import RunError

@@ -58,7 +58,7 @@ def _evaluated_on(run: RunFolder) -> str | None:
     blocks = read_json(run.config)["monitor"]["eval_blocks"] if run.config.is_file() else 0
     if not blocks:
         return None
-    return f"of the first {blocks} blocks of each domain (--eval-blocks); analyze reads up to --max-tokens"
+    return f"of {blocks} blocks of each domain (--eval-blocks); analyze reads up to --max-tokens"
 
 
 def domain_bits(run: RunFolder) -> list[float]:
