@@ -2,6 +2,7 @@
 
 import pkgutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -165,3 +166,10 @@ def test_entry_points_run_as_modules_from_another_folder(command: Command) -> No
 def test_typed_packages_ship_their_marker() -> None:
     for package in (moe_emergence, emergence_kernels):
         assert (Path(package.__path__[0]) / "py.typed").is_file()
+
+
+def test_version_is_the_same_everywhere() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text("utf-8"))["project"]
+    citation = (REPOSITORY / "CITATION.cff").read_text("utf-8")
+    assert project["version"] == moe_emergence.__version__
+    assert f"\nversion: {moe_emergence.__version__}\n" in citation
