@@ -10,22 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+from sphinx.ext.napoleon import Config, GoogleDocstring
 
 from moe_emergence import __version__
 
 project = "moe_emergence"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc"]
 root_doc = "README"
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
 include_patterns = ["*.md", "docs/**"]
 myst_heading_anchors = 4
 default_role = "code"
+smartquotes = False  # they make a dash of the two of a flag
 autodoc_default_options = {"members": True, "special-members": "__call__"}
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
-napoleon_numpy_docstring = False
 html_theme = "furo"
 html_title = project
 pygments_style, pygments_dark_style = "friendly", "monokai"
@@ -75,6 +76,12 @@ def read(app: Sphinx, docname: str, source: list[str]) -> None:
         source[0] += tree("Reports", [f"/{page}" for page in REPORTS], ":glob:", ":hidden:")
 
 
+def parse(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Args, Returns and Raises. Of a field's docstring what stands before a colon is no type."""
+    if what not in ("attribute", "data"):
+        lines[:] = GoogleDocstring(lines, Config(), app, what, name, obj, options).lines()
+
+
 def begin_at_index(app: Sphinx, failed: Exception | None) -> None:
     if failed is None:
         shutil.copy(app.outdir / f"{root_doc}.html", app.outdir / "index.html")
@@ -82,4 +89,5 @@ def begin_at_index(app: Sphinx, failed: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("source-read", read)
+    app.connect("autodoc-process-docstring", parse)
     app.connect("build-finished", begin_at_index)
