@@ -11,6 +11,7 @@ import pytest
 
 from moe_emergence import analyze
 from moe_emergence.analysis.figures.subjects import plot_training
+from moe_emergence.analysis.token_types import TOKEN_TYPES
 from moe_emergence.config import RunConfig
 from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
 from moe_emergence.training.experiment import run_experiment
@@ -84,6 +85,10 @@ def test_an_analysis_has_them_all_or_those_that_are_chosen(five: RunFolder, wher
     assert read_json(analysed(five, where, "--domains", *chosen) / "analysis.json")[
         "domains"
     ] == list(chosen)
+    told = analysed(five, where, "--token-types", "law=words", "sport=math")
+    types = pd.read_csv(next(told.rglob("expert_token_type.csv")))
+    assert set(types["domain"]) == {"law", "sport"}  # the others' text is of no class
+    assert set(types[types["domain"] == "sport"]["token_type"]) <= set(TOKEN_TYPES["math"])
     with pytest.raises(ValueError, match=r"--domains tax: the text has Recht .*; choose from"):
         analysed(five, where, "--domains", "tax")
     with pytest.raises(ValueError, match=r"--keep-experts tax: choose from Recht"):

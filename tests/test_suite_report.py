@@ -35,6 +35,7 @@ from moe_emergence.experiments.specialisation import (
     Resampling,
     against_nulls,
     read_routing,
+    routing_information,
     specialisation,
 )
 from moe_emergence.training.collapse import CollapseDetector
@@ -338,6 +339,16 @@ def test_a_frozen_router_that_started_at_clusters_is_no_null_model(tmp_path: Pat
     against = against_nulls(table)
     assert set(zip(against["variant"], against["null"], strict=True)) == {("clusters", "frozen")}
     assert set(against["verdict"]) == {"more than the null"}
+
+
+def test_domains_of_no_class_have_no_types(tmp_path: Path) -> None:
+    suite = read_suite(write_suite(tmp_path, PLANS[:1], seeds=(0,)))
+    routing = read_routing(suite.routing(PLANS[0].name, 0))
+    types = np.zeros(routing.token_ids.shape, np.int8)
+    classes = {"code": "python", "math": "none", "prose": "words"}
+    rows = list(routing_information(routing, types, classes, 4, FEW))
+    labels = {row["label"] for row in rows}
+    assert labels == {"domain", "token type", "token type: code", "token type: prose"}
 
 
 def test_modules_and_churn_of_runs_are_in_the_report(tmp_path: Path) -> None:
