@@ -85,10 +85,11 @@ def test_an_analysis_has_them_all_or_those_that_are_chosen(five: RunFolder, wher
     assert read_json(analysed(five, where, "--domains", *chosen) / "analysis.json")[
         "domains"
     ] == list(chosen)
-    told = analysed(five, where, "--token-types", "law=words", "sport=math")
-    types = pd.read_csv(next(told.rglob("expert_token_type.csv")))
-    assert set(types["domain"]) == {"law", "sport"}  # the others' text is of no class
-    assert set(types[types["domain"] == "sport"]["token_type"]) <= set(TOKEN_TYPES["math"])
+    told = analysed(five, where, "--token-types", "law=words", "sport=none", "medicine=math")
+    types = pd.read_csv(next(told.rglob("expert_token_type.csv"))).groupby("domain")["token_type"]
+    assert "sport" not in types.groups
+    for domain, token_class in (("law", "words"), ("medicine", "math")):
+        assert set(types.get_group(domain)) <= set(TOKEN_TYPES[token_class])
     with pytest.raises(ValueError, match=r"--domains tax: the text has Recht .*; choose from"):
         analysed(five, where, "--domains", "tax")
     with pytest.raises(ValueError, match=r"--keep-experts tax: choose from Recht"):

@@ -342,8 +342,9 @@ def test_a_frozen_router_that_started_at_clusters_is_no_null_model(tmp_path: Pat
 
 
 def test_domains_of_no_class_have_no_types(tmp_path: Path) -> None:
-    suite = read_suite(write_suite(tmp_path, PLANS[:1], seeds=(0,)))
-    routing = read_routing(suite.routing(PLANS[0].name, 0))
+    plan = VariantPlan("frozen", model={"router": "frozen"})
+    suite = read_suite(write_suite(tmp_path, (plan,), seeds=(0,)))
+    routing = read_routing(suite.routing("frozen", 0))
     types = np.zeros(routing.token_ids.shape, np.int8)
     classes = {"code": "python", "math": "none", "prose": "words"}
     rows = list(routing_information(routing, types, classes, 4, FEW))
