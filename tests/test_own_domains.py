@@ -90,6 +90,7 @@ def test_an_analysis_has_them_all_or_those_that_are_chosen(five: RunFolder, wher
     assert "sport" not in types.groups
     for domain, token_class in (("law", "words"), ("medicine", "math")):
         assert set(types.get_group(domain)) <= set(TOKEN_TYPES[token_class])
+    assert "operator" not in set(types.get_group("medicine"))  # names and digits alone
     with pytest.raises(ValueError, match=r"--domains tax: the text has Recht .*; choose from"):
         analysed(five, where, "--domains", "tax")
     with pytest.raises(ValueError, match=r"--keep-experts tax: choose from Recht"):
