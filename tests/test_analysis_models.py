@@ -7,8 +7,9 @@ import pytest
 import torch
 from routing_models import FAMILIES, tiny_mixture
 
+from moe_emergence.analysis.ablation import block_losses
 from moe_emergence.analysis.checkpoints import _common
-from moe_emergence.analysis.knockout import domain_losses, knockout_table
+from moe_emergence.analysis.knockout import knockout_table, mean_losses
 from moe_emergence.analysis.routers import RouterReader, find_routers
 from moe_emergence.analysis.similarity import compare_experts, stacked_weights
 from moe_emergence.analysis.training_curves import collapse_table, training_tables
@@ -34,7 +35,7 @@ def test_a_zeroed_expert_is_one_whose_last_product_is_zero(family: str) -> None:
         for name, parameter in experts.named_parameters():
             if name in ("down_proj", "down_proj_bias", "w2", "w2_bias"):
                 parameter[2] = 0
-    expected = domain_losses(broken, BLOCKS, 3)
+    expected = mean_losses(block_losses(broken, BLOCKS, 3), BLOCKS)
     rows = table[(table["layer"] == router.layer) & (table["expert"] == 2)].set_index("domain")
     for domain, (loss, tokens) in expected.items():
         assert rows.loc[domain, "lm_loss"] == pytest.approx(loss, rel=1e-5)
@@ -61,7 +62,7 @@ def test_a_rerouted_expert_is_one_the_router_cannot_see(family: str) -> None:
             layer.router.weight = weight
         else:
             layer.router.weight = torch.nn.Parameter(weight)
-    expected = domain_losses(broken, BLOCKS, 8)
+    expected = mean_losses(block_losses(broken, BLOCKS, 8), BLOCKS)
     rows = table[(table["layer"] == router.layer) & (table["expert"] == 1)].set_index("domain")
     for domain, (loss, _) in expected.items():
         assert rows.loc[domain, "lm_loss"] == pytest.approx(loss, rel=1e-5)

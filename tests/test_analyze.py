@@ -14,10 +14,11 @@ import torch
 from routing_models import tiny_mixture
 from warm_commands import run_warm
 
+from moe_emergence.analysis.ablation import block_losses
 from moe_emergence.analysis.documents import main_documents, spread, take
 from moe_emergence.analysis.explorer import OWN_TEXTS, own_text
 from moe_emergence.analysis.figures import FIGURES, write_figures
-from moe_emergence.analysis.knockout import domain_losses
+from moe_emergence.analysis.knockout import mean_losses
 from moe_emergence.analysis.loading import Placement, load_model
 from moe_emergence.analysis.modules import halves
 from moe_emergence.analysis.report import write_report
@@ -223,7 +224,8 @@ def test_a_domains_experts_are_cut_out(run: RunFolder, cache_folder: Path, tmp_p
     for domain in ("code", "math"):
         model, _ = load_model(str(tmp_path / f"kept-{domain}"), Placement())
         assert model.config.num_experts == 2
-        losses = domain_losses(model, take(second, 400), 8)
+        few = take(second, 400)
+        losses = mean_losses(block_losses(model, few, 8), few)
         for on in SHIPPED:
             assert losses[on][0] == pytest.approx(loss[domain, 2, on], rel=1e-5)
     with pytest.raises(ValueError, match=r"--keep-experts .* give --test modules too"):

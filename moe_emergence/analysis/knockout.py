@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor, nn
 
-from moe_emergence.analysis.ablation import Ablation, Floats, block_losses, how_removed
+from moe_emergence.analysis.ablation import Ablation, Floats, how_removed
 from moe_emergence.analysis.routers import find_routers
 from moe_emergence.config.data import ALL
 from moe_emergence.progress import progress_bar
@@ -50,13 +50,6 @@ def knockout_table(
                 ]  # fmt: skip
                 advance(1)
     return pd.DataFrame(rows)
-
-
-def domain_losses(
-    model: nn.Module, blocks: Mapping[str, Tensor], batch_size: int
-) -> dict[str, tuple[float, int]]:
-    """Next-token loss in nats and tokens predicted, per domain and of "all"."""
-    return mean_losses(block_losses(model, blocks, batch_size), blocks)
 
 
 def mean_losses(
