@@ -35,7 +35,7 @@ PAGES = {
     "Tasks": ["train", "look", "use", "reproduce", "tour"],
     "Reference": [
         *("contract", "analysis", "statistics", "gallery", "verification", "transformers"),
-        *("scaling", "architecture", "kernels", "performance", "gpu", "mutations"),
+        *("reliability", "scaling", "architecture", "kernels", "performance", "gpu", "mutations"),
     ],
     "Results": ["results", "experiments/README"],
     "API": [f"api/{path.stem}" for path in sorted(Path(__file__).parent.glob("api/*.md"))],
