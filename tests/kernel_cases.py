@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from numerics import FP64, choose, laid_out, randn, seeded
 from torch import Tensor
 
-from emergence_kernels import expert_mlp_loop, reference
+from emergence_kernels import expert_mlp_batched, reference
 from emergence_kernels.activations import Activation, pre_activation_width
+from emergence_kernels.batches import BatchPlan
 from emergence_kernels.gpu import expert_mlp as kernels
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan
 from emergence_kernels.permutation import Permutation
@@ -126,6 +127,26 @@ def make_case(
     )
 
 
+EDGES = {
+    "one-token": Shape(1, 16, 16, 4, 1),
+    "weights-stored-the-other-way": Shape(17, 9, 24, 3, 2, transposed=(True, True)),
+    "gate-stored-the-other-way": Shape(
+        9, 24, 9, 3, 2, "random", "swiglu", transposed=(True, False)
+    ),
+    "rows-without-an-expert": Shape(19, 9, 8, 3, 2, absent=True),
+    "every-token-lacks-one": Shape(5, 9, 8, 1, 2, absent=True),
+    "one-token-of-all-experts": Shape(1, 9, 5, 3, 3),
+    "one-expert": Shape(17, 8, 8, 1, 1),
+    "odd-widths": Shape(7, 5, 9, 3, 2),
+    "widths-of-8-not-16": Shape(18, 24, 40, 3, 2),
+    "two-tiles-of-one-expert-and-no-others": Shape(19, 16, 16, 5, 1, "same"),
+    "first-experts-empty": Shape(9, 9, 16, 6, 2, "few"),
+    "all-experts": Shape(6, 8, 8, 5, 5),
+    "no-biases": Shape(9, 9, 5, 3, 2, biases=(False, False)),
+    "first-bias-only": Shape(5, 9, 5, 3, 2, biases=(True, False)),
+    "second-bias-only": Shape(5, 9, 5, 3, 2, biases=(False, True)),
+}
+
 Computed = dict[str, Tensor | None]
 EVERYTHING = (True,) * 6
 
@@ -147,18 +168,28 @@ def by_kernels(
     return {"y": y, "pre": pre[:rows], **dict(zip(INPUTS, gradients, strict=True))}
 
 
-def by_loop(
-    case: Case, wanted: tuple[bool, ...] = EVERYTHING, kept: torch.dtype | None = None
+def by_batches(
+    case: Case,
+    wanted: tuple[bool, ...] = EVERYTHING,
+    kept: torch.dtype | None = None,
+    plan: BatchPlan | None = None,
 ) -> Computed:
     """The same from the plain-torch path, in the same dtype."""
     x, weights, w1, b1, w2, b2, dy, permutation, activation = case
-    y, pre = expert_mlp_loop.forward(x, weights, w1, b1, w2, b2, permutation, activation)
-    gradients = expert_mlp_loop.backward(
-        dy, x, weights, w1, w2, b2, pre, permutation, activation, kept or x.dtype,
-        _given(case, wanted),
-    )  # fmt: skip
+    if kept is not None:
+        w1, b1, w2, b2 = (None if t is None else t.to(kept) for t in (w1, b1, w2, b2))
+    chosen = "" if plan is None else plan.encoded
+    y, pre = expert_mlp_batched.forward(x, weights, w1, b1, w2, b2, permutation, activation, chosen)
+    gradients = expert_mlp_batched.backward(
+        dy, x, weights, w1, w2, b2, pre, permutation, activation, _given(case, wanted), chosen
+    )
     rows = int(permutation.expert_offsets[-1])
     return {"y": y, "pre": pre[:rows], **dict(zip(INPUTS, gradients, strict=True))}
+
+
+def all_in_one(case: Case) -> Computed:
+    """`by_batches`, with all experts in one batch, padded however much that is."""
+    return by_batches(case, plan=BatchPlan(1e18, 2**62))
 
 
 def _given(case: Case, wanted: tuple[bool, ...]) -> tuple[bool, ...]:

@@ -29,7 +29,8 @@ TESTS_OF_FILE = {
     "gpu/routing_gradient.py": ("tests/test_kernels_routing.py",),
     "gpu/permutation.py": ("tests/test_kernels_ops.py", "tests/test_kernels_routing.py"),
 }
-LOOP_TESTS = ("tests/test_kernels_ops.py", "tests/test_moe_dispatch.py")
+BATCHES = "tests/test_kernels_batches.py"
+PLAIN_TESTS = ("tests/test_kernels_ops.py", BATCHES, "tests/test_moe_dispatch.py")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Mutation:
     @property
     def tests(self) -> tuple[str, ...]:
         """Test files that have to notice."""
-        tests = TESTS_OF_FILE.get(self.file, LOOP_TESTS)
+        tests = TESTS_OF_FILE.get(self.file, PLAIN_TESTS)
         return (OFFSETS, *tests) if "32-bit" in self.name else tests
 
     @property
@@ -661,63 +662,94 @@ ASSEMBLY = [
         "        None,\n",
     ),
 ]
-LOOP = [
+PLAIN = [
     Mutation(
-        "loop-routing-weights-gradient-without-the-bias",
-        "expert_mlp_loop.py",
-        "dscale_S += _row_products(dy_SH, bias_SH, wide)",
-        "dscale_S += 0 * _row_products(dy_SH, bias_SH, wide)",
+        "batched-routing-weights-gradient-without-the-bias",
+        "expert_mlp_batched.py",
+        "baddbmm_(wide_dy_BRH, b2_BH1)",
+        "baddbmm_(0 * wide_dy_BRH, b2_BH1)",
     ),
     Mutation(
-        "loop-routing-weight-missing-in-dW2",
-        "expert_mlp_loop.py",
-        "_scale_rows(dy_SH, scale_S1)",
-        "_scale_rows(dy_SH, None)",
+        "batched-routing-weight-missing-in-dW2",
+        "expert_mlp_batched.py",
+        "act_QF.mul_(scale_q1)\n",
+        "pass\n",
     ),
     Mutation(
-        "loop-routing-weight-missing-in-the-pre-activations-gradient",
-        "expert_mlp_loop.py",
-        "_scale_rows(dact_SF, scale_S1)",
-        "_scale_rows(dact_SF, None)",
+        "batched-routing-weight-missing-in-db2",
+        "expert_mlp_batched.py",
+        "wide_dy_BRH * batch.view(scale_q1)",
+        "wide_dy_BRH * 1",
     ),
     Mutation(
-        "loop-sorted-rows-taken-for-tokens",
-        "expert_mlp_loop.py",
-        "dy_SH = dy_TH.index_select(0, token_idx_S)",
-        "dy_SH = dy_TH.index_select(0, token_idx_S.sort().values)",
+        "batched-routing-weight-missing-in-the-pre-activations-gradient",
+        "expert_mlp_batched.py",
+        "dpre_QP.mul_(scale_q1)\n",
+        "pass\n",
     ),
     Mutation(
-        "loop-db1-of-the-next-gradients-rows",
-        "expert_mlp_loop.py",
-        "db1 = grouped_sum(dpre_SP, offsets, dtype)",
-        "db1 = grouped_sum(dpre_SP.roll(1, 0), offsets, dtype)",
+        "batched-sorted-rows-taken-for-tokens",
+        "expert_mlp_batched.py",
+        "tokens_Q = layout.tokens_Q[rows]\n",
+        "tokens_Q = layout.rows_Q[rows] % len(x_TH)\n",
     ),
     Mutation(
-        "loop-combined-in-the-input-dtype",
-        "expert_mlp_loop.py",
-        "rows_TKH.sum(dim=1, dtype=wide).to(rows_SH.dtype)",
-        "rows_TKH.to(rows_SH.dtype).sum(dim=1)",
+        "batched-db1-of-the-next-gradients-rows",
+        "expert_mlp_batched.py",
+        "batch.view(dpre_QP).sum(1)",
+        "batch.view(dpre_QP.roll(1, 0)).sum(1)",
     ),
     Mutation(
-        "loop-last-slot-dropped",
-        "expert_mlp_loop.py",
-        "return rows_TKH.sum(dim=1,",
-        "return rows_TKH[:, :-1].sum(dim=1,",
+        "batched-combined-in-the-input-dtype",
+        "expert_mlp_batched.py",
+        "layout.combine(out_QH, permutation.inv_perm, weights_TK.shape[1], weights)",
+        "layout.combine(out_QH.to(x_TH.dtype), permutation.inv_perm, weights_TK.shape[1], "
+        "None if weights is None else weights.to(x_TH.dtype))",
     ),
     Mutation(
-        "loop-forward-without-b2",
-        "expert_mlp_loop.py",
-        "w2_EFH, offsets, b2_EH)",
-        "w2_EFH, offsets, None)",
+        "batched-forward-without-b2",
+        "expert_mlp_batched.py",
+        "bias = None if b2_EH is None else b2_EH[experts].unsqueeze(1).to(dtype)",
+        "bias = None",
     ),
     Mutation(
-        "loop-SwiGLU-halves-swapped-in-the-gradient",
+        "batched-padding-counts",
+        "batches.py",
+        "scale_Q = scale_Q.masked_fill_(~self._used_Q, 0)",
+        "pass",
+    ),
+    Mutation(
+        "batched-padding-of-another-expert",
+        "batches.py",
+        "torch.minimum(row_Q, last_Q)",
+        "row_Q.clamp(max=len(sorted_S) - 1)",
+    ),
+    Mutation(
+        "batched-last-slot-dropped",
+        "batches.py",
+        ".view(-1, top_k)\n        return",
+        ".view(-1, top_k)[:, :-1]\n        return",
+    ),
+    Mutation(
+        "batched-unwritten-gradient-of-experts-without-rows",
+        "expert_mlp_batched.py",
+        "gradient[layout.without_rows] = 0",
+        "pass",
+    ),
+    Mutation(
+        "gelu-backward-as-a-difference",
+        "activations.py",
+        "power_SF.mul_(sigmoid_SF)\n",
+        "1 - sigmoid_SF\n",
+    ),
+    Mutation(
+        "plain-SwiGLU-halves-swapped-in-the-gradient",
         "activations.py",
         "grad_gate_SF, grad_up_SF = grad_SP.chunk(2, dim=-1)",
         "grad_up_SF, grad_gate_SF = grad_SP.chunk(2, dim=-1)",
     ),
     Mutation(
-        "loop-unwritten-gradient-of-experts-without-rows",
+        "product-unwritten-gradient-of-experts-without-rows",
         "grouped_gemm.py",
         "torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])",
         "a == b or torch.mm(x_SI[a:b].t(), dy_SO[a:b], out=dw_EIO[e])",
@@ -827,5 +859,5 @@ MUTATIONS = [
     *SMALL_GRADIENTS,
     *ACTIVATIONS,
     *ASSEMBLY,
-    *LOOP,
+    *PLAIN,
 ]

@@ -17,13 +17,15 @@ pytest.importorskip("triton")
 
 from kernel_cases import (
     ACTIVATIONS,
+    EDGES,
     INPUTS,
     MIXED_PLAN,
     SMALL_PLAN,
     STRUCTURE,
     Shape,
+    all_in_one,
+    by_batches,
     by_kernels,
-    by_loop,
     exactly,
     make_case,
     permutation_of,
@@ -52,27 +54,6 @@ def test_every_shape_plan_and_layout_gives_what_the_twin_gives(
     with poisoned_empty(guarded=True):
         found = by_kernels(case, plan)
     assert_close(found, rounded(exactly(case), case), STRUCTURE[torch.float32], least=1)
-
-
-EDGES = {
-    "one-token": Shape(1, 16, 16, 4, 1),
-    "weights-stored-the-other-way": Shape(17, 9, 24, 3, 2, transposed=(True, True)),
-    "gate-stored-the-other-way": Shape(
-        9, 24, 9, 3, 2, "random", "swiglu", transposed=(True, False)
-    ),
-    "rows-without-an-expert": Shape(19, 9, 8, 3, 2, absent=True),
-    "every-token-lacks-one": Shape(5, 9, 8, 1, 2, absent=True),
-    "one-token-of-all-experts": Shape(1, 9, 5, 3, 3),
-    "one-expert": Shape(17, 8, 8, 1, 1),
-    "odd-widths": Shape(7, 5, 9, 3, 2),
-    "widths-of-8-not-16": Shape(18, 24, 40, 3, 2),
-    "two-tiles-of-one-expert-and-no-others": Shape(19, 16, 16, 5, 1, "same"),
-    "first-experts-empty": Shape(9, 9, 16, 6, 2, "few"),
-    "all-experts": Shape(6, 8, 8, 5, 5),
-    "no-biases": Shape(9, 9, 5, 3, 2, biases=(False, False)),
-    "first-bias-only": Shape(5, 9, 5, 3, 2, biases=(True, False)),
-    "second-bias-only": Shape(5, 9, 5, 3, 2, biases=(False, True)),
-}
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -111,7 +92,7 @@ def test_it_is_as_accurate_as_the_plain_path(shape, dtype, activation) -> None:
         case = make_case(shape, dtype, seed=seed)
         with poisoned_empty(guarded=True):
             ours = by_kernels(case)
-        draws.append((ours, by_loop(case), exactly(case)))
+        draws.append((ours, by_batches(case), exactly(case)))
     assert_as_accurate(draws, dtype)
 
 
@@ -157,7 +138,7 @@ def test_what_is_wanted_is_the_same_alone_and_the_rest_is_none(names) -> None:
             assert found[name] is None, name
 
 
-@pytest.mark.parametrize("run", [by_kernels, by_loop], ids=["kernels", "loop"])
+@pytest.mark.parametrize("run", [by_kernels, by_batches], ids=["kernels", "batches"])
 def test_gradients_of_weights_kept_in_fp32_are_not_rounded_to_less(run) -> None:
     """Rounded afterwards they are those of fp16 weights, bit for bit; and the rest is the same."""
     case = make_case(Shape(40, 24, 16, 3, 2), torch.float16)
@@ -173,29 +154,31 @@ def test_gradients_of_weights_kept_in_fp32_are_not_rounded_to_less(run) -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
-def test_an_expert_does_not_see_the_numbers_of_another(bad, activation) -> None:
+@pytest.mark.parametrize("run", [by_kernels, by_batches, all_in_one])
+def test_an_expert_does_not_see_the_numbers_of_another(run, bad, activation) -> None:
     """Tokens use experts 1 and 2 or 0 and 3, and everything of the latter overflows: the rows
     before and behind, and token 0, which stands in for the rows that a tile does not have."""
     shape = Shape(22, 9, 5, 4, 2, activation=activation)
     chosen = torch.tensor([[0, 3], [1, 2], [2, 1], [3, 0]]).repeat(6, 1)[:22]
     case = make_case(shape)._replace(permutation=permutation_of(chosen, 4))
-    clean = by_kernels(case)
+    clean = run(case)
     spoilt = (chosen[:, 0] % 3 == 0).to(KERNEL_DEVICE)
     for tensor in (case.x, case.dy, case.weights):
         tensor[spoilt] = bad
     for parameter in (case.w1, case.b1, case.w2, case.b2):
         parameter[::3] = bad
-    found = by_kernels(case)
+    found = run(case)
     for name in ("y", "x", "weights"):
         assert torch.equal(found[name][~spoilt], clean[name][~spoilt]), name
     for name in ("w1", "b1", "w2", "b2"):
         assert torch.equal(found[name][1:3], clean[name][1:3]), name
 
 
-def test_experts_without_rows_get_gradients_of_exactly_zero() -> None:
+@pytest.mark.parametrize("run", [by_kernels, by_batches, all_in_one])
+def test_experts_without_rows_get_gradients_of_exactly_zero(run) -> None:
     case = make_case(Shape(6, 9, 5, 5, 1, kind="same"))
     with poisoned_empty(guarded=True):
-        found = by_kernels(case)
+        found = run(case)
     chosen = int((case.permutation.expert_offsets.diff() > 0).nonzero())
     others = [e for e in range(5) if e != chosen]
     for name in ("w1", "b1", "w2", "b2"):

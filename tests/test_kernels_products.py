@@ -30,7 +30,7 @@ from kernel_cases import (
     surrounded,
 )
 
-from emergence_kernels import expert_mlp_loop, grouped_gemm, grouped_gemm_dw, reference
+from emergence_kernels import grouped_gemm, grouped_gemm_dw, reference
 from emergence_kernels.activations import activate
 from emergence_kernels.gpu.combine import combine, gather
 from emergence_kernels.gpu.descriptors import can_describe
@@ -250,13 +250,6 @@ class TestCombine:
         assert (y == 1 + 2.0**-9).all()
         halved = combine(rows, case.permutation.inv_perm, 9, torch.full_like(case.weights, 0.5))
         assert (halved == 0.5 + 2.0**-10).all()
-
-    def test_it_is_the_plain_path(self) -> None:
-        case = make_case(Shape(300, 1, 1, 4, 2))
-        rows = surrounded(randn(600, 24, dtype=FP32))
-        inv_perm = case.permutation.inv_perm
-        ours = combine(rows, inv_perm, 2, case.weights)
-        check(ours, expert_mlp_loop._combine(rows.clone(), inv_perm, 2, case.weights).to(FP64))
 
 
 class TestWeightGradient:

@@ -22,7 +22,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from . import expert_mlp_loop
+from . import expert_mlp_batched
 from .activations import Activation, pre_activation_width
 from .gpu.gemm_config import GemmPlan
 from .grouped_gemm import empty_gradient
@@ -56,7 +56,9 @@ def _forward(
         return kernels.forward(
             x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, act, chosen
         )
-    return expert_mlp_loop.forward(x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, act)
+    return expert_mlp_batched.forward(
+        x_TH, weights_TK, w1_EHP, b1_EP, w2_EFH, b2_EH, permutation, act, plan
+    )
 
 
 def _to(dtype: torch.dtype, tensor: Tensor | None) -> Tensor | None:
@@ -101,9 +103,9 @@ def _gradients(
             chosen, tuple(wanted),
         )  # fmt: skip
     else:
-        gradients = expert_mlp_loop.backward(
-            dy_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, act, kept,
-            tuple(wanted),
+        gradients = expert_mlp_batched.backward(
+            dy_TH, x_TH, weights_TK, w1_EHP, w2_EFH, b2_EH, pre_SP, permutation, act,
+            tuple(wanted), plan,
         )  # fmt: skip
     return [gradient for gradient in gradients if gradient is not None]
 
