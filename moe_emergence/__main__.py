@@ -1,8 +1,6 @@
 """`python -m moe_emergence`: the console script `moe-emergence`."""
 
-import sys
-
 from moe_emergence.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,8 +2,9 @@
 
 import importlib
 import sys
+from typing import NoReturn
 
-from moe_emergence.command import run
+from moe_emergence.entry import enter
 from moe_emergence.settings import check_known
 
 PROG = "moe-emergence"
@@ -36,6 +37,6 @@ def dispatch_verb(argv: list[str]) -> int:
     return code
 
 
-def main() -> int:
+def main() -> NoReturn:
     """Entry point of the console script."""
-    return run(dispatch_verb, sys.argv[1:])
+    enter(dispatch_verb)

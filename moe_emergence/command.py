@@ -1,18 +1,15 @@
-"""What every `python -m moe_emergence.…` shares: parsing, the version and errors in one line."""
+"""What every `python -m moe_emergence.…` shares: reading flags, and a sign that it is loading."""
 
 import contextlib
 import io
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import dropwhile, takewhile
 from typing import Any, TypeVar
 
 import tyro
 
-from moe_emergence import __version__
-from moe_emergence.errors import exit_code
 from moe_emergence.flags import spelled_out
 from moe_emergence.progress import progress_bar
 from moe_emergence.settings import SettingError
@@ -77,11 +74,3 @@ def loading() -> Iterator[None]:
     """Show on a terminal, within the block, that torch and transformers are being imported."""
     with progress_bar("loading torch and transformers", None):
         yield
-
-
-def run(main: Callable[[list[str]], int], argv: list[str]) -> int:
-    """The exit code of `main(argv)`, see `errors.exit_code`; with --version that is all it says."""
-    if "--version" in argv:
-        sys.stdout.write(f"moe-emergence {__version__}\n")
-        return 0
-    return exit_code(main, argv)

@@ -10,7 +10,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.generate import GenerateConfig
 from moe_emergence.presets import get_preset
 from moe_emergence.settings import check_known
-from moe_emergence.suite import VERBS as SUITE_VERBS
+from moe_emergence.suite.verbs import VERBS as SUITE_VERBS
 from moe_emergence.verify import VerifyConfig
 from moe_emergence.words import READERS
 

@@ -1,10 +1,10 @@
 """How a command fails: the one exception of our own, and exit codes."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C or SIGTERM, as shells have it."""
+from moe_emergence.interrupt import SIGNALS, Interrupted, interrupted_code
 
 
 class RunError(RuntimeError):
@@ -20,28 +20,26 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
     2 for bad settings (`ValueError`) and where a package of an extra is not installed, 1 for
     failures while running (`RunError`, `OSError`) and for whatever is raised in the code of a
-    dependency, `INTERRUPTED` for Ctrl-C. With `--debug` the traceback is shown instead, as always
-    for an error of our own.
+    dependency, 128 and its number for a signal, also where a dependency made another error of it.
+    With `--debug` the traceback is shown instead, as always for an error of our own.
     """
     try:
         return main(argv)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except ValueError as error:
+    except (KeyboardInterrupt, Exception) as error:
+        stop = _interruption(error)
+        if stop is not None:
+            number = stop.number if isinstance(stop, Interrupted) else SIGNALS[0]
+            return _fail(str(stop) or "interrupted", interrupted_code(number))
         if _debugs(argv):
             raise
-        return _fail(str(error), 2)
-    except (RunError, OSError) as error:
-        if _debugs(argv):
-            raise
-        return _fail(str(error), 1)
-    except Exception as error:
+        if isinstance(error, ValueError):
+            return _fail(str(error), 2)
+        if isinstance(error, RunError | OSError):
+            return _fail(str(error), 1)
         # what is installed is read for this alone, not at every start
         from moe_emergence.dependencies import raised_in
         from moe_emergence.extras import advice
 
-        if _debugs(argv):
-            raise
         if missing := advice(error):
             return _fail(missing, 2)
         package = raised_in(error)
@@ -49,6 +47,13 @@ def exit_code(main: Callable[[list[str]], int], argv: list[str]) -> int:
             raise
         kind = type(error).__name__
         return _fail(f"{kind} in {package}: {error} (--debug shows where)", 1)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The interruption that an error is, or that it was raised for."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _debugs(argv: list[str]) -> bool:
@@ -63,5 +68,7 @@ def _debugs(argv: list[str]) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
-    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    # the terminal may be gone
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return code

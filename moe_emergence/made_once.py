@@ -5,6 +5,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_emergence.interrupt import finishing
+
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     """`folder`, after `make` has filled it if it was not there.
@@ -15,8 +17,8 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
     if folder.is_dir():
         return folder
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    unfinished.mkdir(parents=True)
     try:
+        unfinished.mkdir(parents=True)
         make(unfinished)
         try:
             unfinished.rename(folder)
@@ -24,5 +26,6 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
             if not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        with finishing():
+            shutil.rmtree(unfinished, ignore_errors=True)
     return folder

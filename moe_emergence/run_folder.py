@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_emergence.errors import RunError
+from moe_emergence.interrupt import finishing
 
 STAGES = {
     "base": "dense base",
@@ -102,6 +103,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
+@finishing()
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`: complete, or not at all.
 
@@ -151,6 +153,7 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    @finishing()
     def append(self, rows: list[dict[str, Any]]) -> None:
         """Write the rows, all of them or (on a full disk) none, and flush them to disk."""
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -167,6 +170,7 @@ class MetricsWriter:
         except OSError as error:
             raise disk_error(self.path, error) from error
 
+    @finishing()
     def keep_up_to(self, step: int) -> None:
         """Drop rows of later steps, and a last line that was cut off while being written."""
         if not self.path.exists():

@@ -15,13 +15,13 @@ from conftest import ACCELERATE, REPOSITORY, TORCHRUN
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoeConfig, OlmoeForCausalLM
 
 import make_hub_package
-from moe_emergence import suite
 from moe_emergence.analysis.figures import FIGURES
 from moe_emergence.command import parse
 from moe_emergence.config import RunConfig
 from moe_emergence.errors import exit_code
 from moe_emergence.experiments.suite_file import built_in
 from moe_emergence.presets import get_preset
+from moe_emergence.suite import verbs
 from moe_emergence.train import preset_name
 from moe_emergence.training.experiment import run_experiment
 
@@ -135,7 +135,7 @@ def test_commands_work_one_after_another(
             continue
         if "moe_emergence.suite" in words:
             # what it takes an hour to do is done at toy size by test_suite_execute.py
-            options = suite.options_of(words[words.index("moe_emergence.suite") + 1 :])
+            options = verbs.options_of(words[words.index("moe_emergence.suite") + 1 :])
             assert options.suite in built_in()
             continue
         if "moe_emergence.train" in words:

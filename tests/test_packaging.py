@@ -120,7 +120,7 @@ model.save_pretrained("core")
 again = AutoModelForCausalLM.from_pretrained("core")
 torch.testing.assert_close(again(ids).logits, model(ids).logits)
 
-from moe_emergence.command import run
+from moe_emergence.entry import run
 
 for line in {lines!r}:
     said = io.StringIO()

@@ -114,7 +114,7 @@ tyro.cli(Anything, args=[])
 light = packages() | set(sys.stdlib_module_names) | {{"moe_emergence"}}
 module = importlib.import_module("moe_emergence.{verb}")
 main = getattr(module, "dispatch_verb", None) or module.main
-from moe_emergence.command import run
+from moe_emergence.entry import run
 
 found = {{}}
 for line in {lines!r}:

@@ -44,7 +44,7 @@ with open(run.parents[1] / "calls.txt", "a") as calls:
 if name in pathlib.Path(__file__).with_suffix(".fail").read_text().split():
     sys.exit("Killed for want of memory")
 if name in pathlib.Path(__file__).with_suffix(".hang").read_text().split():
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     time.sleep(60)
 (run / "routing.npz").write_text("")
 if "--test-modules" in sys.argv:
@@ -72,7 +72,7 @@ class StandIn:
 
     def execute(self, jobs: int = 1) -> list[RunState]:
         command = (sys.executable, str(self.script))
-        return execute(self.runs(), Execution(self.root, jobs, command=command))
+        return execute(self.runs(), Execution(self.root, jobs, command=command))[0]
 
     def calls(self) -> list[str]:
         """The variants that ran since the last look, in order."""
@@ -117,7 +117,7 @@ def test_a_run_from_before_a_setting_existed_stays_complete(stand_in: StandIn) -
 def test_a_folder_keeps_its_seeds_and_is_left_alone_when_it_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_emergence.suite.work.execute", lambda runs, execution: [])
+    monkeypatch.setattr("moe_emergence.suite.work.execute", lambda runs, execution: ([], 0))
     path = tmp_path / "suite.json"
     for seed in ("3", "4", "3"):
         suite.main(["run", str(TINY), "--out", str(tmp_path), "--seeds", seed])

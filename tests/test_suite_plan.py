@@ -318,7 +318,7 @@ flops_of = "top1"
         assert flops[name] == training_flops(own[name])
     other = variant_configs(suite, other_base)
     assert other["top4"].optim.max_steps != own["top4"].optim.max_steps
-    monkeypatch.setattr("moe_emergence.suite.work.execute", lambda runs, execution: [])
+    monkeypatch.setattr("moe_emergence.suite.work.execute", lambda runs, execution: ([], 0))
     flags = ["--out", str(tmp_path / "runs"), "--base", other_base["model.base"]]
     command.main(["run", str(tmp_path / "matched.toml"), *flags])
     described = json.loads((tmp_path / "runs/suite.json").read_text())["variants"][1]["changes"]

@@ -359,7 +359,7 @@ def test_bad_flags_are_one_line_and_exit_code_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from moe_emergence.command import run
+    from moe_emergence.entry import run
     from moe_emergence.train import main
 
     if flags == ["--device", "cuda"]:

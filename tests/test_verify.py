@@ -23,7 +23,7 @@ from moe_emergence.certificate import (
     random_cases,
 )
 from moe_emergence.cli import dispatch_verb
-from moe_emergence.command import run
+from moe_emergence.entry import run
 from moe_emergence.moe import Experts, get_dispatcher
 from moe_emergence.verify import work
 

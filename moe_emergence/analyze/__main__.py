@@ -1,9 +1,7 @@
 """`python -m moe_emergence.analyze`."""
 
-import sys
-
 from moe_emergence.analyze import main
-from moe_emergence.command import run
+from moe_emergence.entry import enter
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    enter(main)

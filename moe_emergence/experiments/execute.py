@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import IO
 
 from moe_emergence.config import RunConfig
-from moe_emergence.errors import INTERRUPTED
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.live import LiveTable
 from moe_emergence.experiments.plan import PlannedRun
+from moe_emergence.interrupt import StopRequest, was_interrupted
 from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import from_dict, to_dict
-from moe_emergence.training.interrupt import StopRequest
 from moe_emergence.training.resume import check_same_run
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.5
+_PATIENCE_SECONDS = 20.0
 
 
 @dataclass
@@ -81,10 +81,10 @@ def is_complete(planned: PlannedRun) -> bool:
     return all(path.exists() for path in wanted)
 
 
-def execute(runs: Sequence[PlannedRun], execution: Execution) -> list[RunState]:
-    """Do what is missing; returns the state of every run.
+def execute(runs: Sequence[PlannedRun], execution: Execution) -> tuple[list[RunState], int]:
+    """Do what is missing; returns the state of every run, and the signal that stopped it, or 0.
 
-    Ctrl-C and SIGTERM stop the running processes, which save a checkpoint; the next call goes on.
+    A signal stops the running processes, which save a checkpoint; the next call goes on.
 
     Raises:
         ValueError: when a folder holds a run with other settings; nothing has begun then.
@@ -94,16 +94,15 @@ def execute(runs: Sequence[PlannedRun], execution: Execution) -> list[RunState]:
         stop = stack.enter_context(StopRequest())
         table = stack.enter_context(LiveTable([state.planned for state in states]))
         try:
-            while _advance(states, execution, stopping=stop.requested):
+            while _advance(states, execution, stopping=stop.number > 0):
                 table.show([(s.state, s.note) for s in states])
                 time.sleep(_POLL_SECONDS)
         finally:
             for state in states:
                 if state.process is not None:
-                    state.process.terminate()
-                    state.process.wait()
+                    _end(state.process)
         table.show([(s.state, s.note) for s in states])
-    return states
+    return states, stop.number
 
 
 def _advance(states: Sequence[RunState], execution: Execution, *, stopping: bool) -> bool:
@@ -176,7 +175,7 @@ def _look_after(state: RunState, execution: Execution, *, stopping: bool) -> Non
     if code == 0 and is_complete(state.planned):
         state.state = "complete"
         logger.info("%s is complete", state.planned.name)
-    elif stopping or code == INTERRUPTED:
+    elif stopping or was_interrupted(code):
         state.state = "stopped"
     else:
         _, log = _paths(state.planned, execution.root)
@@ -184,6 +183,16 @@ def _look_after(state: RunState, execution: Execution, *, stopping: bool) -> Non
         logger.error(
             "%s failed with exit code %d (%s); see %s", state.planned.name, code, state.note, log
         )
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop a process at once, or kill it."""
+    process.terminate()
+    try:
+        process.wait(_PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _last_line(log: Path) -> str:

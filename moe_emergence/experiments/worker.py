@@ -5,7 +5,6 @@ A process that dies, of memory for instance, takes no other run with it.
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -14,11 +13,11 @@ from moe_emergence.analysis.documents import spread
 from moe_emergence.analysis.modules import halves, module_tables, name_on
 from moe_emergence.analysis.routing_record import record_routing, save_routing
 from moe_emergence.begin import begin
-from moe_emergence.command import run
 from moe_emergence.config import RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.device import find_device
-from moe_emergence.errors import INTERRUPTED
+from moe_emergence.entry import enter
+from moe_emergence.interrupt import interrupted_code
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.loading import load_trained_model
 from moe_emergence.run_folder import RunFolder, read_json, write_text
@@ -43,8 +42,8 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(options.threads)
     config = from_dict(RunConfig, read_json(options.config))
     result = run_experiment(config)
-    if result.stopped_by_signal or result.status == "interrupted":
-        return INTERRUPTED
+    if result.stopped_by_signal:
+        return interrupted_code(result.stopped_by_signal)
     folder = RunFolder(Path(config.output_dir) / config.run_name)
     if config.model.moe_layers and not folder.routing.exists():
         record_final_routing(config, folder)
@@ -99,4 +98,4 @@ def delete_models(folder: RunFolder, keep: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    enter(main)

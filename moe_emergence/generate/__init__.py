@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from moe_emergence.command import loading, parse
 from moe_emergence.names import DispatchName
 from moe_emergence.settings import check
 
@@ -83,6 +82,8 @@ class GenerateConfig:
 
 def main(argv: list[str]) -> int:
     """Generate as the flags say."""
+    from moe_emergence.command import loading, parse
+
     config = parse(GenerateConfig, argv, PROG)
 
     with loading():

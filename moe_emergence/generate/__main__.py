@@ -1,9 +1,7 @@
 """`python -m moe_emergence.generate`."""
 
-import sys
-
-from moe_emergence.command import run
+from moe_emergence.entry import enter
 from moe_emergence.generate import main
 
 if __name__ == "__main__":
-    sys.exit(run(main, sys.argv[1:]))
+    enter(main)

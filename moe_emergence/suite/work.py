@@ -1,6 +1,7 @@
 """Plan a suite, run it, and report what was found."""
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,6 @@ from rich.console import Console
 
 from moe_emergence.begin import begin
 from moe_emergence.device import find_device
-from moe_emergence.errors import INTERRUPTED
 from moe_emergence.experiments.cluster import Cluster
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.estimate import estimate, estimate_table, refuse_over_budget
@@ -22,9 +22,10 @@ from moe_emergence.experiments.parallel_plan import (
 from moe_emergence.experiments.plan import PlannedRun, describe, plan_runs, variant_configs
 from moe_emergence.experiments.report import build_report
 from moe_emergence.experiments.suite_file import Suite
+from moe_emergence.interrupt import interrupted_code
 from moe_emergence.run_folder import read_json, write_json
-from moe_emergence.suite import overrides_of
 from moe_emergence.suite.options import PlanOptions, ReportOptions, RunOptions, RunsOptions
+from moe_emergence.suite.verbs import overrides_of
 
 
 def plan(suite: Suite, options: PlanOptions) -> int:
@@ -39,7 +40,7 @@ def plan(suite: Suite, options: PlanOptions) -> int:
 
 
 def run_suite(suite: Suite, options: RunOptions, command: list[str]) -> int:
-    """Execute the plan, as `command` asked; 1 when a run failed, `INTERRUPTED` when stopped."""
+    """Execute the plan, as `command` asked; 1 when a run failed, 128 + N for signal N."""
     begin()
     runs = _planned(suite, options)
     if options.budget is not None:
@@ -48,13 +49,16 @@ def run_suite(suite: Suite, options: RunOptions, command: list[str]) -> int:
         is_complete(planned)  # refuses folders of other settings, before anything is written
     _write_description(describe(suite, command, overrides_of(options)), options.root)
     execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
-    states = execute(runs, execution)
+    states, stopped_by = execute(runs, execution)
     counts = {name: sum(s.state == name for s in states) for name in {s.state for s in states}}
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     Console().print(f"{summary} of {len(states)} runs in {options.root}", soft_wrap=True)
     if "failed" in counts:
         return 1
-    return 0 if set(counts) == {"complete"} else INTERRUPTED
+    if set(counts) == {"complete"}:
+        return 0
+    # without a signal to this process, those of a run were stopped one by one
+    return interrupted_code(stopped_by or signal.SIGTERM)
 
 
 def report(options: ReportOptions) -> int:

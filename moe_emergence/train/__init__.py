@@ -1,6 +1,5 @@
 """`python -m moe_emergence.train`: upcycle, train, evaluate and resume."""
 
-from moe_emergence.command import loading, parse
 from moe_emergence.config import RunConfig
 from moe_emergence.presets import get_preset
 
@@ -9,6 +8,8 @@ PROG = "python -m moe_emergence.train"
 
 def main(argv: list[str]) -> int:
     """Train as the flags say, starting from `--preset` (demo without one)."""
+    from moe_emergence.command import loading, parse
+
     config = parse(RunConfig, argv, PROG, default=get_preset(preset_name(argv)))
 
     from moe_emergence.training.launch import start_missing_processes

@@ -10,7 +10,7 @@ from moe_emergence.analysis.summary import print_comparison
 from moe_emergence.begin import begin
 from moe_emergence.config import RunConfig
 from moe_emergence.domain_fractions import read_domain_fractions
-from moe_emergence.errors import INTERRUPTED
+from moe_emergence.interrupt import interrupted_code
 from moe_emergence.run_folder import RunFolder
 from moe_emergence.training.experiment import ExperimentResult, run_experiment
 from moe_emergence.training.next_commands import commands_to_look, resume_command
@@ -19,19 +19,19 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, argv: list[str]) -> int:
-    """Train, or go on with it; `INTERRUPTED` when a signal stopped it.
+    """Train, or go on with it; the code of the signal when one stopped it.
 
     `argv` is what was typed, for the command that goes on.
     """
     begin()
     try:
         result = run_experiment(config)
+        if result.is_main_process:
+            _report(config, result, argv)
     except KeyboardInterrupt:
         logger.warning("to go on: %s", resume_command(argv))
         raise
-    if result.is_main_process:
-        _report(config, result, argv)
-    return INTERRUPTED if result.stopped_by_signal else 0
+    return interrupted_code(result.stopped_by_signal) if result.stopped_by_signal else 0
 
 
 def _report(config: RunConfig, result: ExperimentResult, argv: list[str]) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_emergence.errors import RunError
+from moe_emergence.interrupt import finishing
 from moe_emergence.run_folder import RunFolder, disk_error, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -211,6 +212,7 @@ class _NewFolder:
             raise disk_error(self.target, error) from error
         return self.temporary
 
+    @finishing()
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:

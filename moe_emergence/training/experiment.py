@@ -68,7 +68,8 @@ class ExperimentResult:
     """Of the last stage that ran: completed, collapsed or interrupted."""
     stages: tuple[Stage, ...]
     """Those that have begun, in order; the run itself is the one in the experiment's folder."""
-    stopped_by_signal: bool
+    stopped_by_signal: int
+    """The number of the signal that stopped it, 0 if none did."""
     is_main_process: bool
 
 
@@ -96,7 +97,7 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     check_same_data_as(run, checkpoint, data.manifest)
     begun: list[Stage] = []
     planned = [s for s in stages(config, run) if _is_needed(s, checkpoint, config)]
-    status, stopped = "completed", False
+    status, stopped = "completed", 0
     for number, stage in enumerate(planned, start=1):
         begun.append(stage)
         place = f"{number} of {len(planned)}" if len(planned) > 1 else ""
@@ -112,7 +113,7 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
             if not run.summary.exists() and accelerator.is_main_process:
                 write_json(run.summary, vars(replace(summary, status=status, final_step=0)))
             break
-    stopped = stopped and status == "interrupted"
+    stopped = stopped if status == "interrupted" else 0
     return ExperimentResult(status, tuple(begun), stopped, accelerator.is_main_process)
 
 
@@ -238,8 +239,8 @@ def _run_stage(
     data: PreparedData,
     accelerator: Accelerator,
     checkpoint: Checkpoint | None,
-) -> tuple[RunSummary, bool]:
-    """How the stage ended, and whether a signal asked to stop while it ran."""
+) -> tuple[RunSummary, int]:
+    """How the stage ended, and the signal that asked to stop while it ran, if any did."""
     run, config = stage.run, stage.config
     if checkpoint is not None:
         now = tokens_per_step(config, accelerator.num_processes)
@@ -248,7 +249,7 @@ def _run_stage(
     finished = _finished(run)
     if finished is not None:
         logger.info("%s is %s: nothing to do", run.root, finished.status)
-        return finished, False
+        return finished, 0
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
     _start_folder(run, config, data, accelerator)
     if isinstance(model, MixtureModel):
@@ -258,7 +259,7 @@ def _run_stage(
     trainer = Trainer(config, model, data, run, accelerator, checkpoint, place)
     summary = trainer.train()
     accelerator.free_memory()
-    return summary, trainer.stop_requested
+    return summary, trainer.stopped_by
 
 
 def _finished(run: RunFolder) -> RunSummary | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe_emergence.errors import RunError
+from moe_emergence.interrupt import finishing
 from moe_emergence.models.families import FAMILIES
 from moe_emergence.models.lower_layers import lower_modules, lower_states
 from moe_emergence.models.mode import evaluating
@@ -79,6 +80,7 @@ def _read(path: Path) -> Tensor:
         raise RunError(f"{path}: damaged ({error}); delete it, it will be made again") from error
 
 
+@finishing()
 def _write(path: Path, states_LH: Tensor) -> None:
     """The file is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

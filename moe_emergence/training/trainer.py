@@ -17,6 +17,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.domain_fractions import write_domain_fractions
+from moe_emergence.interrupt import StopRequest, finishing
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.models.lower_layers import freeze_lower_layers
 from moe_emergence.moe import RouterNoise
@@ -28,7 +29,6 @@ from moe_emergence.training.collapse import CollapseDetector
 from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.frozen_states import FrozenStates
 from moe_emergence.training.graph import make_update
-from moe_emergence.training.interrupt import StopRequest
 from moe_emergence.training.metrics import StepRecord
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
@@ -116,8 +116,8 @@ class Trainer:
         rate = config.model.expert_bias_rate
         update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
         self.update = make_update(update, config)
-        self.stop_requested = False
-        """After `train`: whether a signal asked to stop, even if the run was complete by then."""
+        self.stopped_by = 0
+        """After `train`: the signal that asked to stop, even if the run was complete by then."""
         self.resumed = checkpoint is not None
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -145,7 +145,7 @@ class Trainer:
                 status = self._loop(stop)
                 if status != "interrupted":
                     self._save_model(self.run.final_model)
-                self.stop_requested = self._agreed(stop.requested)
+                self.stopped_by = self._agreed(stop.number)
         except KeyboardInterrupt:
             self._write_summary("interrupted")
             raise
@@ -170,7 +170,7 @@ class Trainer:
             sums = self._train_step(next(batches))
             self.step += 1
             is_last = self.step == max_steps
-            stopping = self._agreed(stop.requested) or self.step == self.config.stop_after
+            stopping = self._agreed(stop.number) > 0 or self.step == self.config.stop_after
             if stopping and not is_last:
                 status = "interrupted"
             checking = self.step % monitor.collapse_every == 0 and self.config.model.moe_layers
@@ -244,7 +244,8 @@ class Trainer:
 
     def _on_main(self, action: Callable[[], object]) -> None:
         if self.accelerator.is_main_process:
-            action()
+            with finishing():
+                action()
         self.accelerator.wait_for_everyone()
 
     def _save_model(self, folder: Path) -> None:
@@ -291,12 +292,13 @@ class Trainer:
         self.train_seconds = checkpoint.progress["train_seconds"]
         self.wall_seconds = checkpoint.progress["wall_seconds"]
 
-    def _agreed(self, requested: bool) -> bool:
-        """Whether any process was asked to stop: all must leave the loop at the same step."""
+    def _agreed(self, number: int) -> int:
+        """The largest of the processes' numbers: all must do the same at the same step."""
         if self.accelerator.num_processes == 1:
-            return requested
-        flag = torch.tensor(float(requested), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+            return number
+        return int(
+            self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max()
+        )
 
     def _write_summary(self, status: str) -> RunSummary:
         summary = RunSummary(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_emergence.command import loading, parse
 from moe_emergence.names import DispatchName, DtypeName
 from moe_emergence.settings import check
 
@@ -79,6 +78,8 @@ class VerifyConfig:
 
 def main(argv: list[str]) -> int:
     """Certify as the flags say; 1 when something fails."""
+    from moe_emergence.command import loading, parse
+
     config = parse(VerifyConfig, argv, PROG)
 
     with loading():
