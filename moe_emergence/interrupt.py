@@ -78,9 +78,8 @@ class _Handling:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         _leave_closed_terminal()
-        now = time.monotonic()
-        insists = now - self._seen.get(number, now) >= _AGAIN_SECONDS
-        is_first = not self._seen
+        now, is_first = time.monotonic(), not self._seen
+        insists = number in self._seen and now - self._seen[number] >= _AGAIN_SECONDS
         self._seen.setdefault(number, now)
         if is_first or insists:
             self._answer(number, insists=insists)
@@ -149,6 +148,12 @@ def finishing() -> Iterator[None]:
             signal.signal(number, handler)
         for number in late:
             signal.raise_signal(number)
+
+
+def leave_to_parent() -> None:
+    """In a process of a pool: a signal to the whole group is its parent's to answer."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _say(line: str) -> None:

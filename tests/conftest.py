@@ -124,7 +124,12 @@ def _no_logged_deprecations() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `--data` folder with 40 short documents a domain, each domain with words of its own."""
-    folder = tmp_path_factory.mktemp("data")
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def write_data(folder: Path) -> Path:
+    """What `data_folder` has."""
+    folder.mkdir(exist_ok=True)
     rng = random.Random(0)
     for domain in SHIPPED:
         words = [f"{domain}{i}" for i in range(30)] + ["and", "the", "of"]

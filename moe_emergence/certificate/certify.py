@@ -14,6 +14,7 @@ from moe_emergence.certificate.cases import Case
 from moe_emergence.certificate.judge import ENOUGH, Draw, Verdict, judge
 from moe_emergence.certificate.problem import Results, draw_problem, run_exact, run_layer
 from moe_emergence.certificate.properties import Property
+from moe_emergence.interrupt import leave_to_parent
 from moe_emergence.moe import Dispatcher, get_dispatcher
 from moe_emergence.names import DtypeName
 
@@ -90,10 +91,15 @@ def certify(
             on_rows(found)
             rows += found
     else:
-        with ProcessPoolExecutor(jobs, mp_context=warm_processes(__name__)) as pool:
+        context = warm_processes(__name__)
+        with ProcessPoolExecutor(jobs, context, initializer=leave_to_parent) as pool:
             shares = [pool.submit(_compare_by_name, tuple(paths), make, *task) for task in tasks]
-            for share in as_completed(shares):
-                on_rows(share.result())
+            try:
+                for share in as_completed(shares):
+                    on_rows(share.result())
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
             for share in shares:
                 rows += share.result()
     for arithmetic in arithmetics:

@@ -23,8 +23,8 @@ def train(config: RunConfig, argv: list[str]) -> int:
 
     `argv` is what was typed, for the command that goes on.
     """
-    begin()
     try:
+        begin()
         result = run_experiment(config)
         if result.is_main_process:
             _report(config, result, argv)

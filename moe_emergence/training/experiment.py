@@ -105,13 +105,16 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
             steps = stage.config.optim.max_steps
             logger.info("stage %s: %s, %d steps", place, STAGES[stage.role], steps)
         found = checkpoint if stage.run == run else find_checkpoint("auto", stage.run)
-        summary, stopped = _run_stage(stage, place, data, accelerator, found)
+        try:
+            summary, stopped = _run_stage(stage, place, data, accelerator, found)
+        except KeyboardInterrupt:
+            _write_first_summary(run, accelerator, "interrupted")
+            raise
         status = summary.status
         if stopped and status == "completed" and stage is not planned[-1]:
             status = "interrupted"
         if status != "completed":
-            if not run.summary.exists() and accelerator.is_main_process:
-                write_json(run.summary, vars(replace(summary, status=status, final_step=0)))
+            _write_first_summary(run, accelerator, status)
             break
     stopped = stopped if status == "interrupted" else 0
     return ExperimentResult(status, tuple(begun), stopped, accelerator.is_main_process)
@@ -260,6 +263,12 @@ def _run_stage(
     summary = trainer.train()
     accelerator.free_memory()
     return summary, trainer.stopped_by
+
+
+def _write_first_summary(run: RunFolder, accelerator: Accelerator, status: str) -> None:
+    """How an experiment ended before its own run began."""
+    if accelerator.is_main_process and run.root.is_dir() and not run.summary.exists():
+        write_json(run.summary, vars(RunSummary(status, 0, None, 0.0, 0.0)))
 
 
 def _finished(run: RunFolder) -> RunSummary | None:
