@@ -18,6 +18,8 @@ STAGES = {
     "null": "random router",
 }
 """What the runs of an experiment are called, by role."""
+LOCK = ".lock"
+"""In a folder that a process writes to, see `run_lock`; it is not part of what is there."""
 TRAINER_ROUTING = "routing.jsonl"
 """Metrics in the output folder of a transformers Trainer, see `MoERoutingCallback`."""
 
@@ -86,7 +88,7 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run, or a run it depends on, was started here."""
-        return self.root.is_dir() and any(self.root.iterdir())
+        return self.root.is_dir() and any(p.name != LOCK for p in self.root.iterdir())
 
     def checkpoint(self, step: int) -> Path:
         """Folder of the checkpoint after optimizer step `step`."""

@@ -24,6 +24,7 @@ from moe_emergence.experiments.report import build_report
 from moe_emergence.experiments.suite_file import Suite
 from moe_emergence.interrupt import interrupted_code
 from moe_emergence.run_folder import read_json, write_json
+from moe_emergence.run_lock import locked
 from moe_emergence.suite.options import PlanOptions, ReportOptions, RunOptions, RunsOptions
 from moe_emergence.suite.verbs import overrides_of
 
@@ -47,9 +48,10 @@ def run_suite(suite: Suite, options: RunOptions, command: list[str]) -> int:
         _print_estimate(options, runs)
     for planned in runs:
         is_complete(planned)  # refuses folders of other settings, before anything is written
-    _write_description(describe(suite, command, overrides_of(options)), options.root)
-    execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
-    states, stopped_by = execute(runs, execution)
+    with locked(options.root, f"--out {options.root}"):
+        _write_description(describe(suite, command, overrides_of(options)), options.root)
+        execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
+        states, stopped_by = execute(runs, execution)
     counts = {name: sum(s.state == name for s in states) for name in {s.state for s in states}}
     summary = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     Console().print(f"{summary} of {len(states)} runs in {options.root}", soft_wrap=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from moe_emergence.config import RunConfig
 from moe_emergence.device import find_device
+from moe_emergence.training import processes
 from moe_emergence.training.sharding import ShardedAccelerator
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "torchdata", "triton")
@@ -32,7 +33,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     options: dict[str, Any] = {
         "cpu": on_cpu,
         "mixed_precision": "bf16" if precision == "bf16" else "no",
-        "kwargs_handlers": [ddp],
+        "kwargs_handlers": [ddp, InitProcessGroupKwargs(timeout=processes.PATIENCE)],
     }
     if config.fsdp_size > 1:
         accelerator: Accelerator = ShardedAccelerator(config.fsdp_size, **options)

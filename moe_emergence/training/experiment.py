@@ -7,9 +7,8 @@ again.
 """
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import chain
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -17,47 +16,31 @@ from accelerate.utils import gather_object
 
 from moe_emergence.config import RunConfig, check_layers_exist
 from moe_emergence.data import PreparedData, check_same_data, prepare_data
-from moe_emergence.data.samples import text_to_cluster
 from moe_emergence.errors import RunError
 from moe_emergence.hub_access import reason
 from moe_emergence.models import (
     MixtureModel,
-    start_routers_at_clusters,
-    start_routers_at_domains,
-    upcycle,
 )
 from moe_emergence.models.loading import (
-    LanguageModel,
-    load_dense_model,
     load_trained_model,
-    new_dense_model,
 )
 from moe_emergence.moe import get_dispatcher
 from moe_emergence.run_folder import STAGES, RunFolder, read_json, write_json
+from moe_emergence.run_lock import locked
 from moe_emergence.settings import check, from_dict, to_dict
 from moe_emergence.training.checkpoint import Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
 from moe_emergence.training.graph import check_can_capture, dispatch_of
 from moe_emergence.training.memory import keep_freed_memory
+from moe_emergence.training.processes import PATIENCE_FOR_DATA, check_alike, lost, on_main
 from moe_emergence.training.resume import check_same_data_as, check_same_run, find_checkpoint
 from moe_emergence.training.sharding import check_can_shard
+from moe_emergence.training.stages import Stage, stages
 from moe_emergence.training.tracking import check_tracker
 from moe_emergence.training.trainer import RunSummary, Trainer, tokens_per_step
 from moe_emergence.training.tuning import check_can_tune, measured
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One run of an experiment."""
-
-    role: str
-    """base, moe, dense or null."""
-    config: RunConfig
-    run: RunFolder
-    make_model: Callable[[PreparedData], LanguageModel]
-    """The model at step 0."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +66,24 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     get_dispatcher(config.dispatch)
     check_tracker(config.monitor.track)
     run = RunFolder(Path(config.output_dir) / config.run_name)
+    accelerator = make_accelerator(config)
+    try:
+        with ExitStack() as stack:
+            lock = locked(run.root, f"--run-name {config.run_name}")
+            on_main(accelerator, lambda: stack.enter_context(lock))
+            return _run_stages(config, run, accelerator)
+    except Exception as error:
+        if not lost(error):
+            raise
+        raise RunError(
+            f"another of the {accelerator.num_processes} processes ended or does not answer "
+            f"({str(error).splitlines()[0]}); what was saved stays: go on with --resume auto"
+        ) from error
+
+
+def _run_stages(config: RunConfig, run: RunFolder, accelerator: Accelerator) -> ExperimentResult:
     checkpoint = find_checkpoint(config.resume, run)
     _check_resumable(config, run, checkpoint)
-    accelerator = make_accelerator(config)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     check_can_tune(config, accelerator)
@@ -120,96 +118,6 @@ def run_experiment(config: RunConfig) -> ExperimentResult:
     return ExperimentResult(status, tuple(begun), stopped, accelerator.is_main_process)
 
 
-def stages(config: RunConfig, run: RunFolder) -> list[Stage]:
-    """The runs an experiment consists of, in order."""
-    alone = replace(config.optim, compare_dense=False, compare_null=False)
-    optim = replace(alone, pretrain_steps=0)
-    dense = replace(
-        config, stop_after=None, ep_size=1, model=replace(config.model, moe_layers=()), optim=optim
-    )
-    is_moe = bool(config.model.moe_layers)
-    base_run = RunFolder(run.root / "dense-base")
-    pretrained = config.model.base == "scratch" and is_moe
-    start = _new_model(config)
-    found = []
-    if pretrained:
-        pretraining = replace(
-            optim,
-            max_steps=config.optim.pretrain_steps,
-            learning_rate=config.optim.pretrain_learning_rate,
-        )
-        # another order of the data than the runs that go on from here
-        name = f"{config.run_name} base"
-        base = replace(
-            dense,
-            run_name=name,
-            seed=(config.seed + 1) % 2**31,
-            model=replace(dense.model, frozen_layers=0),
-            optim=pretraining,
-        )
-        found.append(Stage("base", base, base_run, start))
-        start = _loaded_model(config, str(base_run.final_model))
-    elif config.model.base != "scratch":
-        start = _loaded_model(config, config.model.base)
-    role = "moe" if is_moe else "dense"
-    found.append(Stage(role, config, run, _upcycled(config, start) if is_moe else start))
-    if config.optim.compare_dense and is_moe:
-        compared = replace(dense, run_name=f"{config.run_name} dense")
-        found.append(Stage("dense", compared, RunFolder(run.root / "dense"), start))
-    random = replace(config.model, router="frozen", router_init="random")
-    if config.optim.compare_null and is_moe and random != config.model:
-        null = replace(config, run_name=f"{config.run_name} null", stop_after=None, model=random)
-        null = replace(null, optim=alone)
-        found.append(Stage("null", null, RunFolder(run.root / "null"), _upcycled(null, start)))
-    return found
-
-
-def _new_model(config: RunConfig) -> Callable[[PreparedData], LanguageModel]:
-    return lambda data: new_dense_model(
-        config.model, data.tokenizer, config.data.block_size, config.seed
-    )
-
-
-def _loaded_model(config: RunConfig, base: str) -> Callable[[PreparedData], LanguageModel]:
-    model = replace(config.model, base=base)
-    return lambda data: load_dense_model(
-        model, data.tokenizer, config.data.block_size, config.data.cache_dir
-    )
-
-
-def _upcycled(
-    config: RunConfig, start: Callable[[PreparedData], LanguageModel]
-) -> Callable[[PreparedData], LanguageModel]:
-    model, optim = config.model, config.optim
-
-    def make(data: PreparedData) -> LanguageModel:
-        mixture = upcycle(
-            start(data),
-            model.moe_layers,
-            model.num_experts,
-            model.top_k,
-            noise=model.upcycle_noise,
-            seed=config.seed,
-            router=model.router,
-            top1_weight=model.top1_weight,
-            use_expert_bias=model.expert_bias_rate > 0,
-            expert_bias_rate=model.expert_bias_rate,
-            pool_size=model.pool_size,
-            document_end=data.tokenizer.eos_token_id,
-            lb_coef=optim.lb_coef,
-            z_coef=optim.z_coef,
-            variance_coef=optim.variance_coef,
-        )
-        text = text_to_cluster(data.train_blocks, config.seed)
-        if model.router_init == "clusters":
-            start_routers_at_clusters(mixture, chain(*text.values()), seed=config.seed)
-        elif model.router_init == "domains":
-            start_routers_at_domains(mixture, text, seed=config.seed)
-        return mixture
-
-    return make
-
-
 def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
         check_same_run(from_dict(RunConfig, checkpoint.config), config)
@@ -227,13 +135,14 @@ def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint |
 def _start_folder(
     run: RunFolder, config: RunConfig, data: PreparedData, accelerator: Accelerator
 ) -> None:
-    if accelerator.is_main_process:
+    def start() -> None:
         recover_folders(run)
         if not run.config.exists():
             write_json(run.config, to_dict(config))
         write_json(run.environment, describe_environment(accelerator))
         write_json(run.data_manifest, data.manifest)
-    accelerator.wait_for_everyone()
+
+    on_main(accelerator, start)
 
 
 def _run_stage(
@@ -250,6 +159,8 @@ def _run_stage(
         then = checkpoint.progress["tokens_per_step"]
         check_same_run(from_dict(RunConfig, checkpoint.config), config, (then, now))
     finished = _finished(run)
+    step = None if checkpoint is None else checkpoint.step
+    check_alike(accelerator, f"--output-dir {config.output_dir}", (step, finished))
     if finished is not None:
         logger.info("%s is %s: nothing to do", run.root, finished.status)
         return finished, 0
@@ -290,14 +201,21 @@ def _is_needed(stage: Stage, checkpoint: Checkpoint | None, config: RunConfig) -
 
 
 def _prepare(config: RunConfig, accelerator: Accelerator) -> PreparedData:
+    found: list[PreparedData] = []
+
+    def prepare() -> None:
+        found.append(prepare_data(config.data, config.seed))
+
     try:
-        with accelerator.main_process_first():
-            data = prepare_data(config.data, config.seed)
+        on_main(accelerator, prepare, PATIENCE_FOR_DATA)
+        if not found:
+            prepare()
     except OSError as error:
         raise RunError(
             f"--cache-dir {config.data.cache_dir}: cannot be used ({reason(error)}); give a folder "
             f"that can be written, on a disk with some space"
         ) from error
+    [data] = found
     # a hub revision may move, and machines may hold different files under one path
     for manifest in gather_object([data.manifest]):
         check_same_data(manifest, data.manifest)

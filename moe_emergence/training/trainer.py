@@ -32,6 +32,7 @@ from moe_emergence.training.graph import make_update
 from moe_emergence.training.metrics import StepRecord
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
+from moe_emergence.training.processes import largest, on_main
 from moe_emergence.training.recorder import Recorder
 from moe_emergence.training.schedules import Rates, build_optimizer, learning_rate, noise_std
 from moe_emergence.training.sharded_states import load_whole_state, whole_state, whole_weights
@@ -159,7 +160,7 @@ class Trainer:
     def _loop(self, stop: StopRequest) -> str:
         monitor, max_steps = self.config.monitor, self.config.optim.max_steps
         # a run from its beginning, or one that branches off another run's checkpoint
-        if not self.resumed or not self.run.best_model.is_dir():
+        if self._agreed(not self.resumed or not self.run.best_model.is_dir()):
             self.best = math.inf
             self._evaluate()
         batches = iter(self.loader)
@@ -243,10 +244,8 @@ class Trainer:
             self._save_model(self.run.best_model)
 
     def _on_main(self, action: Callable[[], object]) -> None:
-        if self.accelerator.is_main_process:
-            with finishing():
-                action()
-        self.accelerator.wait_for_everyone()
+        # a folder that is being written is finished, whatever signal comes
+        on_main(self.accelerator, finishing()(action))
 
     def _save_model(self, folder: Path) -> None:
         model, tokenizer = self.unwrapped, self.data.tokenizer
@@ -293,12 +292,7 @@ class Trainer:
         self.wall_seconds = checkpoint.progress["wall_seconds"]
 
     def _agreed(self, number: int) -> int:
-        """The largest of the processes' numbers: all must do the same at the same step."""
-        if self.accelerator.num_processes == 1:
-            return number
-        return int(
-            self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).max()
-        )
+        return largest(self.accelerator, number)
 
     def _write_summary(self, status: str) -> RunSummary:
         summary = RunSummary(

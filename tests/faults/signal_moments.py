@@ -49,15 +49,17 @@ class Moment:
     """Whether the run ends after its step, with a checkpoint, rather than at once."""
 
 
-EXPERIMENT, TRAINER = "moe_emergence.training.experiment", "moe_emergence.training.trainer"
+EXPERIMENT, STAGES, TRAINER = (
+    f"moe_emergence.training.{n}" for n in ("experiment", "stages", "trainer")
+)
 CHECKPOINT = "moe_emergence.training.checkpoint"
 TRAINING = {
     "parsing": Moment("moe_emergence.command:spelled_out"),
     "starting": Moment("moe_emergence.train.work:begin"),
     "reading data": Moment("moe_emergence.data.prepare:read_sources"),
     "making a cache": Moment("moe_emergence.data.tokenizer:train_bpe"),
-    "loading": Moment(f"{EXPERIMENT}:new_dense_model"),
-    "upcycling": Moment(f"{EXPERIMENT}:upcycle"),
+    "loading": Moment(f"{STAGES}:new_dense_model"),
+    "upcycling": Moment(f"{STAGES}:upcycle"),
     "starting a folder": Moment(f"{EXPERIMENT}:recover_folders", 1),
     "first evaluation": Moment(f"{TRAINER}:evaluate", 0, True),
     "step of the base": Moment(f"{TRAINER}:Trainer._train_step", 1, True),
