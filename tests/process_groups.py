@@ -33,7 +33,7 @@ def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> 
         port = free.getsockname()[1]
     context = warm_processes("moe_emergence.train.work", "datasets")
     all_of_them = [
-        context.Process(target=_one, args=(rank, count, port, function, arguments))
+        context.Process(target=one_of, args=(rank, count, port, function, arguments))
         for rank in range(count)
     ]
     for process in all_of_them:
@@ -50,7 +50,7 @@ def in_processes(count: int, function: Callable[..., None], *arguments: Any) -> 
     return [process.exitcode for process in all_of_them]
 
 
-def _one(
+def one_of(
     rank: int, count: int, port: int, function: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
