@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,6 +25,7 @@ from moe_emergence.experiments.execute import Execution, RunState, execute, is_c
 from moe_emergence.experiments.live import read_progress
 from moe_emergence.experiments.plan import PlannedRun, plan_runs
 from moe_emergence.experiments.suite_file import load_suite
+from moe_emergence.interrupt import Interrupted
 from moe_emergence.models import MoEGPT2Config, MoEGPT2LMHeadModel
 from moe_emergence.run_folder import RunFolder, write_json
 from moe_emergence.settings import to_dict
@@ -43,6 +45,9 @@ with open(run.parents[1] / "calls.txt", "a") as calls:
     calls.write(f"{name} ")
 if name in pathlib.Path(__file__).with_suffix(".fail").read_text().split():
     sys.exit("Killed for want of memory")
+if name in pathlib.Path(__file__).with_suffix(".deaf").read_text().split():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(60)
 if name in pathlib.Path(__file__).with_suffix(".hang").read_text().split():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     time.sleep(60)
@@ -63,9 +68,10 @@ class StandIn:
         self.script.write_text(STAND_IN)
         self.tell()
 
-    def tell(self, *, fail: str = "", hang: str = "") -> None:
+    def tell(self, *, fail: str = "", hang: str = "", deaf: str = "") -> None:
         self.script.with_suffix(".fail").write_text(fail)
         self.script.with_suffix(".hang").write_text(hang)
+        self.script.with_suffix(".deaf").write_text(deaf)
 
     def runs(self) -> list[PlannedRun]:
         return plan_runs(load_suite(str(TINY)), self.root)
@@ -177,6 +183,30 @@ def test_a_signal_stops_the_runs_and_the_next_call_goes_on(stand_in: StandIn) ->
     stand_in.tell()
     assert set(by_name(stand_in.execute()).values()) == {"complete"}
     assert stand_in.calls() == ["moe", "frozen", "dense-flops"]
+
+
+def test_a_signal_that_insists_kills_a_run_that_does_not_end(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.tell(deaf="base")
+    monkeypatch.setattr("moe_emergence.interrupt._AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(executing, "_PATIENCE_SECONDS", 0.5)
+    begun: list[subprocess.Popen[bytes]] = []
+    spawn = executing._spawn
+
+    def spawn_and_interrupt(command: Sequence[str], log: IO[bytes]) -> "subprocess.Popen[bytes]":
+        begun.append(spawn(command, log))
+        while not (stand_in.root / "calls.txt").exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return begun[0]
+
+    monkeypatch.setattr(executing, "_spawn", spawn_and_interrupt)
+    with pytest.raises(Interrupted) as stopped:
+        stand_in.execute()
+    assert stopped.value.number == signal.SIGUSR1
+    assert begun[0].poll() == -signal.SIGKILL
 
 
 def test_a_folder_with_another_run_is_refused_before_anything_begins(stand_in: StandIn) -> None:

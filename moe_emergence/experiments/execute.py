@@ -18,7 +18,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.live import LiveTable
 from moe_emergence.experiments.plan import PlannedRun
-from moe_emergence.interrupt import StopRequest, was_interrupted
+from moe_emergence.interrupt import StopRequest, finishing, was_interrupted
 from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.settings import from_dict, to_dict
 from moe_emergence.training.resume import check_same_run
@@ -149,7 +149,8 @@ def _start(state: RunState, execution: Execution) -> None:
     keep = "final" if state.planned.variant == BASE else "none"
     flags += ["--keep", "all" if execution.keep_models else keep]
     flags += ["--test-modules"] if state.planned.test_modules else []
-    with log.open("ab") as file:
+    # no signal comes between a process and what knows of it
+    with log.open("ab") as file, finishing():
         state.process = _spawn([*execution.command, str(plan), *flags], file)
     state.state, state.note = "running", ""
     logger.info("%s begins", state.planned.name)
