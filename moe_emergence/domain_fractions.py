@@ -7,6 +7,8 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from moe_emergence.disk import whole_file
+
 DomainFractions = Mapping[int, Mapping[str, Sequence[float]]]
 """Per mixture layer and domain E shares that sum to 1."""
 
@@ -15,7 +17,7 @@ def write_domain_fractions(
     path: Path, domains: Sequence[str], fractions_DE: Mapping[int, Sequence[Sequence[float]]]
 ) -> None:
     """Write layer, domain, expert and fraction of every cell as CSV."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["layer", "domain", "expert", "fraction"])
         for layer, rows in fractions_DE.items():

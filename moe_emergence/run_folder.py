@@ -1,15 +1,12 @@
-"""The files of a run: where each lives, and how each is written without ever being half there."""
+"""The files of a run: where each lives, and how each is read."""
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_emergence.errors import RunError
-from moe_emergence.interrupt import finishing
+from moe_emergence.disk import append, write_text
 
 STAGES = {
     "base": "dense base",
@@ -101,29 +98,8 @@ class RunFolder:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` to `path` as JSON, see `write_text`."""
+    """Write `values` to `path` as JSON, whole or not at all: see `disk.whole_file`."""
     write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-@finishing()
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`: complete, or not at all.
-
-    Raises:
-        RunError: when the disk is full or not writable, naming the path.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(path, error) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -141,51 +117,25 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def disk_error(path: Path, error: OSError) -> RunError:
-    """The one-line failure for a path that cannot be written."""
-    return RunError(
-        f"cannot write {path}: {error.strerror or error}; free some space or give another "
-        f"folder (--output-dir or --out). What was saved before is untouched"
-    )
-
-
 class MetricsWriter:
     """Appends rows to `metrics.jsonl`; a resumed run first drops the rows after its checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @finishing()
     def append(self, rows: list[dict[str, Any]]) -> None:
-        """Write the rows, all of them or (on a full disk) none, and flush them to disk."""
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        try:
-            with self.path.open("ab") as file:
-                end = file.tell()
-                try:
-                    file.write(text.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)
-                    raise
-        except OSError as error:
-            raise disk_error(self.path, error) from error
+        """Write the rows, all of them or (on a full disk) none; they are on the disk then."""
+        append(self.path, _lines(rows).encode())
 
-    @finishing()
     def keep_up_to(self, step: int) -> None:
         """Drop rows of later steps, and a last line that was cut off while being written."""
-        if not self.path.exists():
-            return
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        try:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            temporary.replace(self.path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise disk_error(self.path, error) from error
+        if self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= step]
+            write_text(self.path, _lines(kept))
+
+
+def _lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

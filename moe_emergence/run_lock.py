@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe_emergence.run_folder import LOCK, disk_error
+from moe_emergence.disk import named
+from moe_emergence.run_folder import LOCK
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +32,9 @@ def locked(folder: Path, flag: str) -> Iterator[None]:
         RunError: when the folder cannot be written.
     """
     is_new = not folder.exists()
-    try:
+    with named(folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = _take(folder, flag)
-    except OSError as error:
-        raise disk_error(folder, error) from error
     try:
         yield
     finally:

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 from pathlib import Path
 
-from moe_emergence.made_once import made_once
+from moe_emergence.disk import made_once
 
 SMOLLM2 = "smollm2"
 END_OF_TEXT = "<|endoftext|>"

@@ -11,6 +11,7 @@ import torch
 from moe_emergence import smollm2
 from moe_emergence.config import ModelConfig, RunConfig
 from moe_emergence.data.tokenizer import load_tokenizer
+from moe_emergence.errors import RunError
 from moe_emergence.models import upcycle
 from moe_emergence.models.loading import load_dense_model
 from moe_emergence.smollm2 import smollm2_folder
@@ -49,7 +50,7 @@ def test_it_is_converted_once_and_whole(monkeypatch: pytest.MonkeyPatch, tmp_pat
         (folder / "model").write_bytes(source.read_bytes())
 
     monkeypatch.setattr(smollm2, "_convert", convert)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError, match=r"cannot write .*: No space"):
         smollm2_folder(str(tmp_path / "cache"))
     assert list((tmp_path / "cache/models").iterdir()) == []
     folder = smollm2_folder(str(tmp_path / "cache"))

@@ -73,7 +73,6 @@ def diff(config: AnalyzeConfig, names: list[str], folder: Path) -> None:
             f"one and {sorted(second.experts)} of the other; give models that share some"
         )
     write_tables(folder, {n: t.assign(run=names[0], other_run=names[1]) for n, t in tables.items()})
-    (folder / FIGURES).mkdir(parents=True, exist_ok=True)
     figure = plot_overlap(tables["overlap"], names[0], names[1])
     save(figure, *(folder / FIGURES / f"overlap.{suffix}" for suffix in ("png", "svg")))
     print_summary(

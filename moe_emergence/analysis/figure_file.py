@@ -1,6 +1,5 @@
 """Figures to files: laid out once, and the same bytes for the same numbers."""
 
-import contextlib
 from pathlib import Path
 
 import matplotlib
@@ -8,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from moe_emergence.run_folder import disk_error
+from moe_emergence.disk import whole_file
 
 
 def lay_out(figure: Figure) -> None:
@@ -27,18 +26,12 @@ def save(figure: Figure, *paths: Path, dpi: int = 130) -> None:
     """
     lay_out(figure)
     for path in paths:
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
+        with whole_file(path) as new:
             # `savefig` would draw a figure that once had a layout twice
             if path.suffix == ".svg":
                 # a date and ids drawn by chance would differ
                 with matplotlib.rc_context({"svg.hashsalt": path.stem}):
-                    FigureCanvasSVG(figure).print_svg(temporary, metadata={"Date": None})
+                    FigureCanvasSVG(figure).print_svg(new, metadata={"Date": None})
             else:
                 figure.set_dpi(dpi)
-                FigureCanvasAgg(figure).print_png(temporary)
-            temporary.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise disk_error(path, error) from error
+                FigureCanvasAgg(figure).print_png(new)

@@ -1,6 +1,5 @@
 """A Markdown page of an analysis' figures: each with a sentence and its numbers."""
 
-import contextlib
 import os
 from pathlib import Path
 
@@ -8,7 +7,8 @@ from moe_emergence.analysis.figures import FIGURES
 from moe_emergence.analysis.figures.write import TRAJECTORY
 from moe_emergence.analysis.tidy import FIGURES as FOLDER
 from moe_emergence.analysis.tidy import TABLES
-from moe_emergence.run_folder import disk_error, read_json
+from moe_emergence.disk import write_text
+from moe_emergence.run_folder import read_json
 
 
 def write_gallery(folder: Path, page: Path) -> Path:
@@ -38,13 +38,5 @@ def write_gallery(folder: Path, page: Path) -> Path:
                 f"{caption} Numbers: [{table}.csv]({link}/{TABLES}/{table}.csv).",
                 f"![{heading}]({link}/{FOLDER}/{name}.{suffix})",
             ]
-    temporary = page.with_name(f".{page.name}.tmp")
-    try:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        temporary.replace(page)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(page, error) from error
+    write_text(page, "\n\n".join(parts) + "\n")
     return page

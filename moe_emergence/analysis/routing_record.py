@@ -3,7 +3,6 @@
 Letters: N mixture layers, R blocks, L tokens per block, K experts per token.
 """
 
-import contextlib
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moe_emergence.disk import whole_file
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.mode import evaluating
 from moe_emergence.progress import progress_bar
-from moe_emergence.run_folder import disk_error
 
 _KEYS = ("token_ids", "domains", "layers", "experts", "probs_top")
 
@@ -83,15 +82,8 @@ def save_routing(record: RoutingRecord, path: Path) -> None:
     Raises:
         RunError: when the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **{k: getattr(record, k) for k in _KEYS})
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(path, error) from error
+    with whole_file(path) as new, new.open("wb") as file:
+        np.savez_compressed(file, **{k: getattr(record, k) for k in _KEYS})
 
 
 def read_routing(path: Path) -> RoutingRecord:

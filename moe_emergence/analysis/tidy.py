@@ -1,12 +1,11 @@
 """Tidy tables in a folder, each as Parquet and CSV: complete, or not there at all."""
 
-import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from moe_emergence.run_folder import disk_error
+from moe_emergence.disk import clear_unfinished, remove_file, whole_file, write_text
 
 TABLES = "tables"
 FIGURES = "figures"
@@ -21,7 +20,7 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]
         RunError: when the disk is full or not writable, naming the path.
     """
     place = folder / TABLES
-    place.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(place)
     written = []
     for name, table in tables.items():
         if len(table):
@@ -30,7 +29,7 @@ def write_tables(folder: Path, tables: Mapping[str, pd.DataFrame]) -> list[Path]
                 _write(table, written[-1])
     for stale in set(place.glob("*.parquet")) | set(place.glob("*.csv")):
         if stale not in written:
-            stale.unlink()
+            remove_file(stale)
     return written
 
 
@@ -46,14 +45,8 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def _write(table: pd.DataFrame, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        if path.suffix == ".csv":
-            table.to_csv(temporary, index=False, float_format="%.6g", lineterminator="\n")
-        else:
-            table.to_parquet(temporary, index=False)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(path, error) from error
+    if path.suffix == ".csv":
+        write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    else:
+        with whole_file(path) as new:
+            table.to_parquet(new, index=False)

@@ -18,6 +18,7 @@ from moe_emergence.config import DataConfig, TokenClass
 from moe_emergence.config.data import token_classes
 from moe_emergence.data.manifest import hash_blocks, token_classes_of
 from moe_emergence.data.tokenizer import folder_tokenizer, hash_tokenizer
+from moe_emergence.disk import whole_file, whole_folder, write_text
 from moe_emergence.hub_access import reason
 from moe_emergence.settings import check
 
@@ -52,15 +53,20 @@ def is_prepared(path: str) -> bool:
 
 
 def save_prepared(data: PreparedData, folder: Path) -> None:
-    """Write `data` into `folder`, which `--data` then takes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `data` into `folder`, which `--data` then takes.
+
+    Raises:
+        RunError: when the disk is full or not writable, naming the path.
+    """
     splits = {"train": data.train_blocks, "eval": data.eval_blocks}
     dtype = torch.uint16 if len(data.tokenizer) <= 2**16 else torch.int32
     blocks = {f"{s}.{d}": rows.to(dtype) for s, of in splits.items() for d, rows in of.items()}
-    save_file(blocks, folder / BLOCKS)
-    data.tokenizer.save_pretrained(folder / TOKENIZER)
-    text = json.dumps(data.manifest, indent=2) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    write_text(folder / MANIFEST, json.dumps(data.manifest, indent=2) + "\n")
+    with whole_folder(folder / TOKENIZER) as new:
+        data.tokenizer.save_pretrained(new)
+    # the last, as it makes the folder one of prepared data
+    with whole_file(folder / BLOCKS) as new:
+        save_file(blocks, new)
 
 
 def load_prepared(config: DataConfig, seed: int) -> PreparedData:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_emergence.config import DataConfig
+from moe_emergence.disk import made_once
 from moe_emergence.hub_access import check_model_reachable, reason
-from moe_emergence.made_once import made_once
 from moe_emergence.progress import progress_bar
 from moe_emergence.smollm2 import SMOLLM2, smollm2_folder
 

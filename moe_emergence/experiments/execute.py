@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO
 
 from moe_emergence.config import RunConfig
+from moe_emergence.disk import make_folder, named
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.live import LiveTable
 from moe_emergence.experiments.plan import PlannedRun
@@ -144,16 +145,21 @@ def _paths(planned: PlannedRun, root: Path) -> tuple[Path, Path]:
 def _start(state: RunState, execution: Execution) -> None:
     plan, log = _paths(state.planned, execution.root)
     write_json(plan, to_dict(state.planned.config))
-    log.parent.mkdir(parents=True, exist_ok=True)
     flags = ["--threads", str(execution.threads)] if execution.threads else []
     keep = "final" if state.planned.variant == BASE else "none"
     flags += ["--keep", "all" if execution.keep_models else keep]
     flags += ["--test-modules"] if state.planned.test_modules else []
     # no signal comes between a process and what knows of it
-    with log.open("ab") as file, finishing():
+    with _opened(log) as file, finishing():
         state.process = _spawn([*execution.command, str(plan), *flags], file)
     state.state, state.note = "running", ""
     logger.info("%s begins", state.planned.name)
+
+
+def _opened(log: Path) -> IO[bytes]:
+    make_folder(log.parent)
+    with named(log):
+        return log.open("ab")
 
 
 def _spawn(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -14,6 +14,7 @@ from moe_emergence.analysis.figure_file import save
 from moe_emergence.analysis.routing_record import RoutingRecord
 from moe_emergence.analysis.token_types import token_types
 from moe_emergence.data.tokenizer import folder_tokenizer
+from moe_emergence.disk import clear_unfinished, remove_file, write_text
 from moe_emergence.experiments import figures, sections
 from moe_emergence.experiments.caveats import caveats
 from moe_emergence.experiments.collapse_study import CollapseStudy, loads, study_collapse
@@ -76,7 +77,7 @@ def build_report(
     write_tables(evidence, folder / "tables")
     shown = write_figures(evidence, folder / "figures")
     path = folder / REPORT
-    path.write_text(report_text(evidence, shown), encoding="utf-8")
+    write_text(path, report_text(evidence, shown))
     logger.info("wrote %s", path)
     return path
 
@@ -143,7 +144,7 @@ def largest_shares(records: Records) -> pd.DataFrame:
 
 def write_tables(evidence: Evidence, folder: Path) -> None:
     """Every table there is as CSV, the numbers behind every figure included; no older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(folder)
     records, collapse = evidence.records, evidence.collapse
     for name, table in {
         "runs": records.runs,
@@ -163,21 +164,21 @@ def write_tables(evidence: Evidence, folder: Path) -> None:
     }.items():
         path = folder / f"{name}.csv"
         if table.empty:
-            path.unlink(missing_ok=True)
+            remove_file(path)
         else:
-            table.to_csv(path, index=False, float_format="%.6g")
+            write_text(path, table.to_csv(index=False, float_format="%.6g"))
 
 
 def write_figures(evidence: Evidence, folder: Path) -> set[str]:
     """Write the figures there are numbers for, and delete older ones; their names."""
-    folder.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(folder)
     shown = set()
     for name, figure in _figures(evidence):
         save(figure, folder / f"{name}.png")
         shown.add(name)
     for path in folder.glob("*.png"):
         if path.stem not in shown:
-            path.unlink()
+            remove_file(path)
     return shown
 
 

@@ -4,7 +4,6 @@ A process that dies, of memory for instance, takes no other run with it.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import torch
@@ -16,11 +15,12 @@ from moe_emergence.begin import begin
 from moe_emergence.config import RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.device import find_device
+from moe_emergence.disk import remove_folder, write_text
 from moe_emergence.entry import enter
 from moe_emergence.interrupt import interrupted_code
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.loading import load_trained_model
-from moe_emergence.run_folder import RunFolder, read_json, write_text
+from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.settings import from_dict
 from moe_emergence.training.experiment import run_experiment
 
@@ -90,11 +90,10 @@ def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:
 def delete_models(folder: RunFolder, keep: str) -> None:
     """Free the disk of what is big in a complete run, but for what `KEEP` names: a suite has a
     hundred runs."""
-    if keep != "all":
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-        shutil.rmtree(folder.best_model, ignore_errors=True)
-    if keep == "none":
-        shutil.rmtree(folder.final_model, ignore_errors=True)
+    unwanted = [] if keep == "all" else [folder.checkpoints, folder.best_model]
+    unwanted += [folder.final_model] if keep == "none" else []
+    for path in filter(Path.is_dir, unwanted):
+        remove_folder(path)
 
 
 if __name__ == "__main__":

@@ -94,9 +94,7 @@ class MoERoutingCallback(TrainerCallback):
             self._probe.watch(self._model)
         self._changes, self._detectors, self._warned = None, {}, False
         if state.is_world_process_zero:
-            writer = self._writer(args)
-            writer.path.parent.mkdir(parents=True, exist_ok=True)
-            writer.keep_up_to(state.global_step)
+            self._writer(args).keep_up_to(state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -6,7 +6,6 @@ Letters: T tokens, H model width, F expert width, E experts, K experts per token
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
+from moe_emergence.disk import write_text
 from moe_emergence.moe.experts import Experts
 
 logger = logging.getLogger(__name__)
@@ -103,11 +103,8 @@ def load_table(path: Path) -> TuningTable:
 
 def save_table(table: TuningTable, path: Path) -> None:
     """Write the table, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = [
         {"key": dataclasses.asdict(key), "entry": dataclasses.asdict(entry)}
         for key, entry in table.entries.items()
     ]
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(rows, indent=1) + "\n")

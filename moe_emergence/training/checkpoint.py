@@ -7,10 +7,7 @@ configuration and the SHA-256 of every other file).
 
 import hashlib
 import logging
-import os
 import pickle
-import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +16,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moe_emergence.errors import RunError
-from moe_emergence.interrupt import finishing
-from moe_emergence.run_folder import RunFolder, disk_error, read_json, write_json
+from moe_emergence.disk import clear_unfinished, remove_folder, whole_folder
+from moe_emergence.run_folder import RunFolder, read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +53,7 @@ def save_model_folder(
 
     `weights` is the state dict of a model that holds a share of it only, or None.
     """
-    with _NewFolder(target) as folder:
+    with whole_folder(target) as folder:
         _write_model(folder, model, tokenizer, weights)
 
 
@@ -81,7 +77,7 @@ def save_checkpoint(
         RunError: when the disk is full or not writable; older checkpoints stay as they are.
     """
     target = run.checkpoint(step)
-    with _NewFolder(target) as folder:
+    with whole_folder(target) as folder:
         _write_model(folder, model, tokenizer, weights)
         torch.save(trainer_state, folder / TRAINER_STATE)
         files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
@@ -95,7 +91,7 @@ def save_checkpoint(
         }
         write_json(folder / MANIFEST, manifest)
     for old in run.checkpoint_steps()[:-keep_last_k]:
-        shutil.rmtree(run.checkpoint(old))
+        remove_folder(run.checkpoint(old))
     return target
 
 
@@ -163,21 +159,9 @@ def newest_checkpoint(run: RunFolder) -> Checkpoint | None:
 
 
 def recover_folders(run: RunFolder) -> None:
-    """Clear away what a killed process left beside the folders of a run.
-
-    A folder that was being replaced is put back where the new one did not make it; half-written
-    ones are deleted.
-    """
-    hidden = [*run.root.glob(".*"), *run.checkpoints.glob(".*")]
-    for path in hidden:
-        name = re.fullmatch(r"\.(.+)\.\d+\.(old|tmp)", path.name)
-        if name is None or not path.is_dir():
-            continue
-        target = path.with_name(name[1])
-        if name[2] == "old" and not target.exists():
-            path.rename(target)
-        else:
-            shutil.rmtree(path)
+    """Clear away what a killed process left among the folders of a run."""
+    clear_unfinished(run.root)
+    clear_unfinished(run.checkpoints)
 
 
 def _write_model(
@@ -194,57 +178,3 @@ def _write_model(
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class _NewFolder:
-    """A folder written beside its place and renamed into it; a failure leaves nothing behind."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self.temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        self.replaced = target.with_name(f".{target.name}.{os.getpid()}.old")
-
-    def __enter__(self) -> Path:
-        try:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
-        except OSError as error:
-            raise disk_error(self.target, error) from error
-        return self.temporary
-
-    @finishing()
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
-    ) -> None:
-        try:
-            if error is None:
-                self._swap_in()
-        except OSError as swap_error:
-            raise disk_error(self.target, swap_error) from swap_error
-        finally:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-        if error is not None and _is_disk_failure(error):
-            cause = error if isinstance(error, OSError) else OSError(str(error))
-            raise disk_error(self.target, cause) from error
-
-    def _swap_in(self) -> None:
-        for path in self.temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if self.target.exists():
-            self.target.rename(self.replaced)
-        try:
-            self.temporary.rename(self.target)
-        except OSError:
-            if self.replaced.exists():
-                self.replaced.rename(self.target)
-            raise
-        shutil.rmtree(self.replaced, ignore_errors=True)
-
-
-def _is_disk_failure(error: BaseException) -> bool:
-    # safetensors and torch.save report a full disk as errors of their own
-    named = ("No space left", "PytorchStreamWriter", "os error", "I/O error", "inline_container")
-    return isinstance(error, OSError) or (
-        not isinstance(error, RunError) and any(text in str(error) for text in named)
-    )

@@ -3,10 +3,8 @@
 Letters: B sequences, L tokens each, H model width.
 """
 
-import contextlib
 import json
 import logging
-import os
 from hashlib import blake2b
 from pathlib import Path
 
@@ -15,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe_emergence.disk import DAY, clear_unfinished, make_folder, whole_file
 from moe_emergence.errors import RunError
-from moe_emergence.interrupt import finishing
 from moe_emergence.models.families import FAMILIES
 from moe_emergence.models.lower_layers import lower_modules, lower_states
 from moe_emergence.models.mode import evaluating
-from moe_emergence.run_folder import disk_error
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +44,8 @@ class FrozenStates:
         self.model, self.first = model, first
         name = f"layer-{first}-{_identity(model, first, precision)}"
         self.folder = cache_dir / "hidden-states" / name
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(self.folder, error) from error
+        make_folder(self.folder)
+        clear_unfinished(self.folder, idle_seconds=DAY)
         logger.info("hidden states that layer %d reads are kept in %s", first, self.folder)
 
     def __call__(self, input_ids_BL: Tensor) -> Tensor:
@@ -69,7 +64,8 @@ class FrozenStates:
             return _read(path)
         with evaluating(self.model):
             states_LH = lower_states(self.model, self.first, row_L[None])[0].float().cpu()
-        _write(path, states_LH)
+        with whole_file(path) as new, new.open("wb") as file:
+            np.save(file, states_LH.numpy())
         return states_LH
 
 
@@ -78,20 +74,6 @@ def _read(path: Path) -> Tensor:
         return torch.from_numpy(np.load(path))
     except (ValueError, EOFError) as error:
         raise RunError(f"{path}: damaged ({error}); delete it, it will be made again") from error
-
-
-@finishing()
-def _write(path: Path, states_LH: Tensor) -> None:
-    """The file is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.save(file, states_LH.numpy())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(path, error) from error
 
 
 def _identity(model: PreTrainedModel, first: int, precision: str) -> str:

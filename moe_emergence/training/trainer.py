@@ -17,6 +17,7 @@ from moe_emergence.config import RunConfig
 from moe_emergence.data import PreparedData
 from moe_emergence.data.loader import StepBatch, make_step_loader
 from moe_emergence.domain_fractions import write_domain_fractions
+from moe_emergence.errors import RunError
 from moe_emergence.interrupt import StopRequest, finishing
 from moe_emergence.models.loading import LanguageModel
 from moe_emergence.models.lower_layers import freeze_lower_layers
@@ -151,7 +152,10 @@ class Trainer:
             self._write_summary("interrupted")
             raise
         except Exception:
-            self._write_summary("failed")
+            try:
+                self._write_summary("failed")
+            except RunError as another:  # of the two, the first says what happened
+                logger.warning("%s", another)
             raise
         summary = self._write_summary(status)
         self.accelerator.wait_for_everyone()

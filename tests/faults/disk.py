@@ -20,7 +20,7 @@ ONCE, FROM_THEN_ON, SHORT = 0, 1, 2
 
 @dataclass(frozen=True)
 class Fault:
-    """Call number `n` below the folder fails; 0 for none, with the calls written down all the same."""
+    """Call number `n` below the folder fails; 0 for none, with the calls written down."""
 
     n: int = 0
     error: int = errno.ENOSPC

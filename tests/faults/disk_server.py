@@ -1,7 +1,7 @@
 """A process with its imports done that forks a command for every line of JSON on its stdin.
 
-It is started with the shim preloaded (`disk.py`); a command's fault is armed after the fork. Answers
-with the exit code, a line each.
+It is started with the shim preloaded (`disk.py`); a command's fault is armed after the fork. Its
+exit code is the answer, a line each.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ def command(shim: ctypes.CDLL, task: dict[str, Any]) -> int:
     except SystemExit as end:
         code = end.code
         return code if isinstance(code, int) else int(code is not None)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - as the interpreter does
         traceback.print_exc()
         return 99
     finally:

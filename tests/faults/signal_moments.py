@@ -66,7 +66,7 @@ TRAINING = {
     "step": Moment(f"{TRAINER}:Trainer._train_step", 6, True),
     "evaluation": Moment(f"{TRAINER}:evaluate", 4, True),
     "checkpoint": Moment(f"{CHECKPOINT}:_sha256", 1, True),
-    "swap of a folder": Moment(f"{CHECKPOINT}:_NewFolder._swap_in", 3, True),
+    "swap of a folder": Moment("moe_emergence.disk:_sync_all", 3, True),
     "figures": Moment("moe_emergence.train.work:plot_expert_domain"),
 }
 

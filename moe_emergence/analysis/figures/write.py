@@ -4,19 +4,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
-from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from moe_emergence.analysis.figure_file import lay_out, save
 from moe_emergence.analysis.figures import subjects
 from moe_emergence.analysis.figures.panels import QUANTITY, grid, panel_name
 from moe_emergence.analysis.tidy import FIGURES as FOLDER
 from moe_emergence.analysis.tidy import read_tables
+from moe_emergence.disk import clear_unfinished, remove_file, whole_file
 from moe_emergence.progress import progress_bar
-from moe_emergence.run_folder import disk_error
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,8 @@ FIGURES: dict[str, FigureOf] = {
     ),
 }  # fmt: skip
 TRAJECTORY = "trajectory"
+MILLISECONDS = 500
+"""That the animation shows a step."""
 
 
 def write_figures(folder: Path) -> list[Path]:
@@ -133,7 +136,7 @@ def write_figures(folder: Path) -> list[Path]:
     """
     tables = read_tables(folder)
     place = folder / FOLDER
-    place.mkdir(parents=True, exist_ok=True)
+    clear_unfinished(place)
     written: list[Path] = []
     with progress_bar("figures", len(FIGURES) + 1) as advance:
         for name, figure_of in FIGURES.items():
@@ -148,9 +151,9 @@ def write_figures(folder: Path) -> list[Path]:
             written.append(place / f"{TRAJECTORY}.gif")
             _animate(tables[TRAJECTORY], written[-1])
         advance(1)
-    for stale in set(place.iterdir()) - set(written):
+    for stale in set(place.glob("*")) - set(written):
         if stale.suffix in (".png", ".svg", ".gif"):
-            stale.unlink()
+            remove_file(stale)
     return written
 
 
@@ -185,11 +188,16 @@ def animation(table: pd.DataFrame) -> tuple[Figure, list[int], Callable[[int], l
 
 def _animate(table: pd.DataFrame, path: Path) -> None:
     figure, steps, draw = animation(table)
-    FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(80)
     draw(steps[-1])
     lay_out(figure)
-    film = FuncAnimation(figure, draw, frames=steps, blit=False)
-    try:
-        film.save(path, writer=PillowWriter(fps=2), dpi=80)
-    except OSError as error:
-        raise disk_error(path, error) from error
+    frames = []
+    for step in steps:
+        draw(step)
+        canvas.draw()
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())))
+    with whole_file(path) as new:
+        frames[0].save(
+            new, "GIF", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0
+        )

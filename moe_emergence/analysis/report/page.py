@@ -1,7 +1,6 @@
 """`report.html`: one file with everything in it, written from the files of an analysis folder."""
 
 import base64
-import contextlib
 import gzip
 import json
 import logging
@@ -20,7 +19,8 @@ from moe_emergence.analysis.report.heatmaps import heatmap_data
 from moe_emergence.analysis.report.summary import summarise
 from moe_emergence.analysis.report.verdict import type_sentence
 from moe_emergence.analysis.tidy import FIGURES, read_tables
-from moe_emergence.run_folder import disk_error, read_json
+from moe_emergence.disk import write_text
+from moe_emergence.run_folder import read_json
 
 MOST_BYTES = 5_000_000
 SCRIPTS = ("base.js", "experts.js", "explorer.js", "charts.js", "start.js")
@@ -56,14 +56,7 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     if len(page.encode()) > MOST_BYTES:
         logger.warning("%s has %.1f MB: name fewer sources", path, len(page.encode()) / 1e6)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise disk_error(path, error) from error
+    write_text(path, page)
     return path
 
 
