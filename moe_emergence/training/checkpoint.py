@@ -79,7 +79,9 @@ def save_checkpoint(
     target = run.checkpoint(step)
     with whole_folder(target) as folder:
         _write_model(folder, model, tokenizer, weights)
-        torch.save(trainer_state, folder / TRAINER_STATE)
+        # into a file of Python's: torch's own calls a full disk an "iostream error"
+        with (folder / TRAINER_STATE).open("wb") as file:
+            torch.save(trainer_state, file)
         files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
         manifest = {
             "format": FORMAT,

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ class Tracking:
     def __init__(self, name: str, folder: Path, run_name: str, config: Mapping[str, Any]) -> None:
         self._name = name
         self._tracker: GeneralTracker | None = None
+        self._failed = False
+        self._hook = threading.excepthook
         if name != "none":
+            threading.excepthook = self._thread_failed
             self._guarded(lambda: self._start(folder, run_name, _flat(config)))
 
     def _start(self, folder: Path, run_name: str, config: dict[str, Any]) -> None:
@@ -63,12 +67,25 @@ class Tracking:
         """Flush and close the tracker."""
         if self._tracker is not None:
             self._guarded(self._tracker.finish)
+        threading.excepthook = self._hook
 
     def _guarded(self, call: Callable[[], object]) -> None:
         try:
             call()
         except Exception as error:  # noqa: BLE001 - trackers fail in ways only they know
-            self._tracker = None
+            self._failure(error)
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        # TensorBoard writes in a thread of its own
+        if type(failed.thread).__module__.partition(".")[0] != self._name:
+            self._hook(failed)
+        elif failed.exc_value is not None:
+            self._failure(failed.exc_value)
+
+    def _failure(self, error: BaseException) -> None:
+        self._tracker = None
+        if not self._failed:
+            self._failed = True
             logger.warning(
                 "--track %s failed and is off from here on (%s: %s); training goes on and "
                 "metrics.jsonl stays complete",
