@@ -17,6 +17,7 @@ from moe_emergence.analysis.routing_record import RoutingRecord, save_routing
 from moe_emergence.data.prepared import PreparedData, save_prepared
 from moe_emergence.data.tokenizer import train_bpe
 from moe_emergence.errors import RunError, exit_code
+from moe_emergence.experiments import execute as executing
 from moe_emergence.experiments.execute import Execution, execute
 from moe_emergence.experiments.plan import plan_runs
 from moe_emergence.experiments.report import build_report
@@ -60,7 +61,8 @@ def suite(folder: Path) -> None:
     script.write_text(STAND_IN, encoding="utf-8")
     for suffix in (".fail", ".hang"):
         script.with_suffix(suffix).write_text("")
-    runs = plan_runs(load_suite(str(TINY)), folder / "suite")
+    runs = plan_runs(load_suite(str(TINY)), folder / "suite")[:2]
+    executing._POLL_SECONDS = 0.02
     done = execute(runs, Execution(folder / "suite", command=(sys.executable, "-S", str(script))))
     if {state.state for state in done} != {"complete"}:
         raise RunError(f"{folder}: {[(state.state, state.note) for state in done]}")
