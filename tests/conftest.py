@@ -2,10 +2,8 @@
 
 import gc
 import importlib.util
-import json
 import logging
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -26,9 +24,10 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
     triton.knobs.runtime.interpret = True
 
+from small_texts import write_texts
 from warm_commands import alone, share_one_server
 
-from moe_emergence.config import SHIPPED, ModelConfig, RunConfig
+from moe_emergence.config import ModelConfig, RunConfig
 from moe_emergence.flags import flag
 from moe_emergence.presets import demo
 from moe_emergence.words import written
@@ -124,18 +123,8 @@ def _no_logged_deprecations() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `--data` folder with 40 short documents a domain, each domain with words of its own."""
-    return write_data(tmp_path_factory.mktemp("data"))
-
-
-def write_data(folder: Path) -> Path:
-    """What `data_folder` has."""
-    folder.mkdir(exist_ok=True)
-    rng = random.Random(0)
-    for domain in SHIPPED:
-        words = [f"{domain}{i}" for i in range(30)] + ["and", "the", "of"]
-        texts = [" ".join(rng.choices(words, k=60)) for _ in range(40)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{domain}.jsonl").write_text(lines, encoding="utf-8")
+    folder = tmp_path_factory.mktemp("data")
+    write_texts(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ fails costs only itself and, if it is a base, the runs that start from it.
 """
 
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from moe_emergence.config import RunConfig
-from moe_emergence.disk import make_folder, named
+from moe_emergence.disk import make_folder, named, remove_file, remove_folder
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.live import LiveTable
 from moe_emergence.experiments.plan import PlannedRun
@@ -91,6 +92,10 @@ def execute(runs: Sequence[PlannedRun], execution: Execution) -> tuple[list[RunS
         ValueError: when a folder holds a run with other settings; nothing has begun then.
     """
     states = [RunState(p, "complete" if is_complete(p) else "waiting") for p in runs]
+    for state in states:
+        plan, _ = _paths(state.planned, execution.root)
+        if state.state == "complete" and plan.exists():  # who was to tidy up was killed
+            _tidy(state.planned, execution)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         table = stack.enter_context(LiveTable([state.planned for state in states]))
@@ -146,8 +151,6 @@ def _start(state: RunState, execution: Execution) -> None:
     plan, log = _paths(state.planned, execution.root)
     write_json(plan, to_dict(state.planned.config))
     flags = ["--threads", str(execution.threads)] if execution.threads else []
-    keep = "final" if state.planned.variant == BASE else "none"
-    flags += ["--keep", "all" if execution.keep_models else keep]
     flags += ["--test-modules"] if state.planned.test_modules else []
     # no signal comes between a process and what knows of it
     with _opened(log) as file, finishing():
@@ -165,7 +168,11 @@ def _opened(log: Path) -> IO[bytes]:
 def _spawn(command: Sequence[str], log: IO[bytes]) -> subprocess.Popen[bytes]:
     """A process of a session of its own: Ctrl-C reaches this process, which ends it properly."""
     return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        [*command, "--parent", str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
 
 
@@ -180,6 +187,7 @@ def _look_after(state: RunState, execution: Execution, *, stopping: bool) -> Non
         return
     state.process = None
     if code == 0 and is_complete(state.planned):
+        _tidy(state.planned, execution)
         state.state = "complete"
         logger.info("%s is complete", state.planned.name)
     elif stopping or was_interrupted(code):
@@ -200,6 +208,18 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+
+
+def _tidy(planned: PlannedRun, execution: Execution) -> None:
+    """Free the disk of what is big in a complete run, as a suite has a hundred, and last delete its
+    plan: while that is there, the run is not done with."""
+    run = planned.run
+    if not execution.keep_models:
+        # variants start from the final model of their base
+        final = () if planned.variant == BASE else (run.final_model,)
+        for folder in filter(Path.is_dir, (run.checkpoints, run.best_model, *final)):
+            remove_folder(folder)
+    remove_file(_paths(planned, execution.root)[0])
 
 
 def _last_line(log: Path) -> str:

@@ -4,6 +4,11 @@ A process that dies, of memory for instance, takes no other run with it.
 """
 
 import argparse
+import logging
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +20,7 @@ from moe_emergence.begin import begin
 from moe_emergence.config import RunConfig
 from moe_emergence.data import prepare_data
 from moe_emergence.device import find_device
-from moe_emergence.disk import remove_folder, write_text
+from moe_emergence.disk import write_text
 from moe_emergence.entry import enter
 from moe_emergence.interrupt import interrupted_code
 from moe_emergence.models import MixtureModel
@@ -24,20 +29,22 @@ from moe_emergence.run_folder import RunFolder, read_json
 from moe_emergence.settings import from_dict
 from moe_emergence.training.experiment import run_experiment
 
-NAMED_ON, TESTED_ON = 16, 12
+logger = logging.getLogger(__name__)
 
-KEEP = ("none", "final", "all")
+NAMED_ON, TESTED_ON = 16, 12
 
 
 def main(argv: list[str]) -> int:
-    """Train what the file says, or go on with it; record the final model's routing; tidy up."""
+    """Train what the file says, or go on with it; record the final model's routing."""
     parser = argparse.ArgumentParser(prog="python -m moe_emergence.experiments.worker")
     parser.add_argument("config", type=Path, help="a RunConfig as JSON")
     parser.add_argument("--threads", type=int, default=0, help="of this process on a CPU")
     parser.add_argument("--test-modules", action="store_true", help="by ablation, at the end")
-    parser.add_argument("--keep", choices=KEEP, default="none", help="of checkpoints and models")
+    parser.add_argument("--parent", type=int, help="stop when this process, which began it, ends")
     options = parser.parse_args(argv)
     begin()
+    if options.parent is not None:
+        stop_with(options.parent)
     if options.threads:
         torch.set_num_threads(options.threads)
     config = from_dict(RunConfig, read_json(options.config))
@@ -49,8 +56,23 @@ def main(argv: list[str]) -> int:
         record_final_routing(config, folder)
     if options.test_modules and not folder.modules.exists():
         test_final_modules(config, folder)
-    delete_models(folder, options.keep)
     return 0
+
+
+def stop_with(parent: int) -> None:
+    """Stop with a checkpoint, as at SIGTERM, a second after the parent process has ended.
+
+    Killed, the parent can tell nobody, and who gives its command again would find the runs taken.
+    Windows never says that a parent has ended; the runs then go on to their end.
+    """
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        logger.warning("the process that began this one has ended")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
 def record_final_routing(config: RunConfig, folder: RunFolder) -> None:
@@ -85,15 +107,6 @@ def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:
         raise ValueError(f"{folder.final_model}: holds no mixture of experts")
     torch.nn.Module.to(model, find_device(config.device))
     return model
-
-
-def delete_models(folder: RunFolder, keep: str) -> None:
-    """Free the disk of what is big in a complete run, but for what `KEEP` names: a suite has a
-    hundred runs."""
-    unwanted = [] if keep == "all" else [folder.checkpoints, folder.best_model]
-    unwanted += [folder.final_model] if keep == "none" else []
-    for path in filter(Path.is_dir, unwanted):
-        remove_folder(path)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conftest import flags_of, tiny
-from disk import CHANGES, FROM_THEN_ON, ONCE, READS, SHORT, Disk, Ended, Fault, find_compiler
+from disk import CHANGES, FROM_THEN_ON, READS, SHORT, Disk, Ended, Fault, find_compiler
 from equal_runs import assert_same_run
 from small_writers import WRITERS
 

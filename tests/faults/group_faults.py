@@ -22,10 +22,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from conftest import flags_of, tiny, write_data
+from conftest import flags_of, tiny
 from equal_runs import assert_equal_runs
 from process_groups import one_of, run_processes
 from signal_moments import Ended
+from small_texts import write_texts
 
 from emergence_kernels.processes import warm_processes
 from moe_emergence.errors import RunError, exit_code
@@ -172,7 +173,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         where = Path(folder)
-        write_data(where / "data")
+        write_texts(where / "data")
         config = tiny(where / "data", where / "cache", where / "whole")
         flags = [*flags_of(config), "--grad-accum-steps", "1"]
         _quietly([*flags, "--batch-size", "8"])

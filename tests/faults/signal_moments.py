@@ -24,8 +24,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from conftest import command_environment, flags_of, tiny, write_data
+from conftest import command_environment, flags_of, tiny
 from equal_runs import assert_same_run
+from small_texts import write_texts
 from warm_commands import IMPORTS, _run, alone
 
 from emergence_kernels.processes import warm_processes
@@ -165,7 +166,7 @@ def quietly(flags: list[str]) -> None:
 
 def whole_run(where: Path) -> tuple[list[str], RunFolder]:
     """The flags of a small run, and its folder after it was left alone."""
-    write_data(where / "data")
+    write_texts(where / "data")
     config = tiny(where / "data", where / "cache", where / "whole")
     quietly(flags_of(config))
     return flags_of(config), RunFolder(Path(config.output_dir) / "tiny")
