@@ -36,6 +36,8 @@ from killed_lives import (
 )
 from small_texts import write_texts
 
+from moe_emergence.run_folder import STAGES
+
 ORPHAN_SECONDS = 20.0
 SUITE = """
 question = "Does a suite outlive its processes?"
@@ -237,11 +239,13 @@ def _one_run(
     kills: int,
 ) -> list[str]:
     """Lives until one ends by itself; what is wrong."""
+    stage = 0
     while True:
         enough = sum(tally.kills.values()) >= kills
         aim = None
         if not enough and scenario.kill is None and rng.random() < 0.5:
-            phase = rng.choice(sorted(uncut.operations))
+            ahead = sorted(p for p in uncut.operations if _stage(p) >= stage)
+            phase = rng.choice(ahead)
             aim = Aim(phase, rng.randint(1, uncut.operations[phase]))
         life = Life(scenario.module, scenario.flags, folder, notes, scenario.phases, aim)
         tally.lives += 1
@@ -254,6 +258,7 @@ def _one_run(
         ended = life.end()
         if ended.killed or who == "worker":
             tally.kills[who or ended.phase] += 1
+            stage = max(stage, _stage(ended.phase))
         late = wait_for_orphans(orphans, ORPHAN_SECONDS)
         wrong = [f"process {pid} goes on without its parent" for pid in late]
         wrong += [f"a traceback in {log}" for log in tracebacks(folder, notes)]
@@ -266,6 +271,12 @@ def _one_run(
         if ended.code != 0:
             return [f"exit code {ended.code}: {(notes / 'log.txt').read_text()[-300:]}"]
         return differences(uncut.after, contents(folder))
+
+
+def _stage(phase: str) -> int:
+    """Which of a training's runs a phase is of: what lies behind is not done again."""
+    role, colon, _ = phase.partition(": ")
+    return list(STAGES).index(role) if colon else 0
 
 
 def tracebacks(*folders: Path) -> list[str]:

@@ -4,6 +4,7 @@ What a life is doing when it dies is known from a probe: the harness wraps some 
 child, and the name of the one that is running stands in a file.
 """
 
+import gc
 import importlib
 import os
 import signal
@@ -233,6 +234,7 @@ def _live(
     phases: dict[str, str],
     aim: Aim | None,
 ) -> None:
+    gc.freeze()  # the server's imports are no garbage to search, which every stage does
     os.chdir(where)
     _log_to(notes / "log.txt")
     torch.set_num_threads(1)
