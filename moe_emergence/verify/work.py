@@ -99,6 +99,11 @@ class _Writer:
         self.config, self.machine = config, describe_machine(device)
         self.rows: list[Row] = []
         self.written = -math.inf
+        if config.json is not None:
+            # of a process that was killed while it wrote
+            path = Path(config.json)
+            for unfinished in path.parent.glob(f".{path.name}.*.tmp"):
+                unfinished.unlink(missing_ok=True)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take these rows; what they say so far is unfinished."""
