@@ -33,6 +33,7 @@ from killed_lives import (
     Aim,
     Life,
     operations,
+    seconds,
     wait_for_orphans,
 )
 from small_texts import write_texts
@@ -188,9 +189,8 @@ def storm(scenario: Scenario, kills: int, seed: int, out: Path) -> Iterator[Tall
     notes.mkdir()
     scenario.prepare(reference)
     before = contents(reference)
-    begun = time.monotonic()
     uninterrupted(scenario, reference, notes)
-    uncut = Uncut(before, contents(reference), operations(notes), time.monotonic() - begun)
+    uncut = Uncut(before, contents(reference), operations(notes), seconds(notes))
     started = time.monotonic()
     while sum(tally.kills.values()) < kills:
         folder = out / scenario.name / f"run-{tally.runs}"

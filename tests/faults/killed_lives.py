@@ -207,6 +207,11 @@ class Life:
         return Ended(code, phase or ELSEWHERE)
 
 
+def seconds(notes: Path) -> float:
+    """How long that life took, without the start of the server before the first one."""
+    return float((notes / "seconds").read_text())
+
+
 def operations(notes: Path) -> dict[str, int]:
     """File operations by phase in the life that last ended by itself."""
     lines = (notes / "operations").read_text().splitlines()
@@ -236,6 +241,7 @@ def _live(
     phases: dict[str, str],
     aim: Aim | None,
 ) -> None:
+    started = time.monotonic()
     gc.freeze()  # the server's imports are no garbage to search, which every stage does
     os.chdir(where)
     _log_to(notes / "log.txt")
@@ -247,6 +253,7 @@ def _live(
     code = exit_code(importlib.import_module(module).main, flags)
     counts = "".join(f"{count} {name}\n" for name, count in probe.operations.items())
     (notes / "operations").write_text(counts)
+    (notes / "seconds").write_text(str(time.monotonic() - started))
     sys.exit(code)
 
 
