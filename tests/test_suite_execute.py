@@ -76,9 +76,10 @@ class StandIn:
     def runs(self) -> list[PlannedRun]:
         return plan_runs(load_suite(str(TINY)), self.root)
 
-    def execute(self, jobs: int = 1) -> list[RunState]:
+    def execute(self, jobs: int = 1, *, keep_models: bool = False) -> list[RunState]:
         command = (sys.executable, str(self.script))
-        return execute(self.runs(), Execution(self.root, jobs, command=command))[0]
+        execution = Execution(self.root, jobs, keep_models=keep_models, command=command)
+        return execute(self.runs(), execution)[0]
 
     def calls(self) -> list[str]:
         """The variants that ran since the last look, in order."""
@@ -135,6 +136,30 @@ def test_a_folder_keeps_its_seeds_and_is_left_alone_when_it_is_refused(
     with pytest.raises(ValueError, match="seed-0"):
         suite.main(["run", str(TINY), "--out", str(tmp_path), "--seeds", "0"])
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("keep_models", [False, True])
+def test_what_a_killed_suite_left_of_a_complete_run_is_tidied(
+    stand_in: StandIn, keep_models: bool
+) -> None:
+    """Killed after a run was complete and before its models were deleted: the plan is there."""
+    stand_in.execute(keep_models=keep_models)
+    assert list((stand_in.root / "plans").iterdir()) == []
+    runs = {run.variant: run for run in stand_in.runs()}
+    for run in runs.values():
+        run.run.checkpoint(1).mkdir(parents=True)
+        run.run.final_model.mkdir(exist_ok=True)
+    for variant in ("base", "moe"):
+        write_json(stand_in.root / "plans" / f"{variant}-seed-0.json", {})
+    stand_in.calls()
+    stand_in.execute(keep_models=keep_models)
+    assert stand_in.calls() == []
+    assert list((stand_in.root / "plans").iterdir()) == []
+    # of runs that are done with nothing is deleted: they may have been asked for
+    kept = {v for v, run in runs.items() if run.run.checkpoints.exists()}
+    assert kept == (set(runs) if keep_models else set(runs) - {"base", "moe"})
+    models = {v for v, run in runs.items() if run.run.final_model.exists()}
+    assert models == (set(runs) if keep_models else set(runs) - {"moe"})
 
 
 def test_one_failure_does_not_lose_the_rest(stand_in: StandIn) -> None:
