@@ -12,7 +12,7 @@ import tyro
 
 from moe_emergence.flags import spelled_out
 from moe_emergence.progress import progress_bar
-from moe_emergence.settings import SettingError
+from moe_emergence.settings import SettingError, check_plain, shortened
 from moe_emergence.words import READERS
 
 T = TypeVar("T")
@@ -35,10 +35,11 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
             found: T = tyro.cli(
                 cls, args=args, prog=prog, config=MARKERS, registry=READERS, **start
             )
+        check_plain(found)
     except SystemExit as stop:
         if stop.code:
             message = _refused(stop) or _first_message(hidden.getvalue())
-            raise ValueError(f"{message} (see {prog} --help)") from None
+            raise ValueError(f"{shortened(message)} (see {prog} --help)") from None
         raise
     except ValueError as error:
         raise ValueError(f"{error} (see {prog} --help)") from None
@@ -66,6 +67,8 @@ def _first_message(box: str) -> str:
         flags = re.findall(r"(?m)^(--[\w-]+)", "\n".join(message))
         return f"{', '.join(flags)}: required and not given"
     text = re.sub(r"^Error parsing \w*:? ?", "", " ".join(message))
+    if text.startswith("Unrecognized options:"):
+        return f"{text.partition(':')[2].strip()!r}: more words than the flags take; leave them out"
     return re.sub(r"^(--\S+):", r"\1", text)
 
 

@@ -3,13 +3,25 @@
 import dataclasses
 import difflib
 import logging
+import math
+import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+LONGEST_SHOWN = 800
+"""Characters of a value that messages quote."""
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    types.NoneType: "null",
+}
 
 
 class SettingError(ValueError):
@@ -19,7 +31,40 @@ class SettingError(ValueError):
 def check(condition: bool, flag: str, given: object, change: str) -> None:
     """Raise the error every bad setting raises: the flag, what was given, what to change."""
     if not condition:
-        raise SettingError(f"{flag} {given}: {change}")
+        raise SettingError(f"{flag} {_shown(given)}: {change}")
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and its end."""
+    half = LONGEST_SHOWN // 2
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} ... {text[-half:]}"
+
+
+def _shown(given: object) -> str:
+    """What was given as a few printable characters."""
+    text = shortened(str(given))
+    return text if text.isprintable() else ascii(text)
+
+
+def check_plain(config: Any) -> None:
+    """Refuse what no setting may be: numbers without end or beyond 64 bits, text with a NUL or with
+    half a character, which no file name and no UTF-8 file can hold."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_plain(value)
+            continue
+        name = "--" + field.name.replace("_", "-")
+        for one in value if isinstance(value, tuple) else (value,):
+            if isinstance(one, float):
+                check(math.isfinite(one), name, one, "give a finite number")
+            elif isinstance(one, int):
+                check(
+                    abs(one) < 2**63, name, f"of {one.bit_length()} bits", "give a smaller number"
+                )
+            elif isinstance(one, str):
+                whole = "\0" not in one and not any("\ud800" <= c <= "\udfff" for c in one)
+                check(whole, name, ascii(one), "give text without NUL, in UTF-8")
 
 
 def check_known(flag: str, given: str, known: Collection[str]) -> None:
@@ -50,9 +95,11 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """Rebuild a configuration dataclass.
 
     What an earlier version did not write has its default, which every new setting chooses so that
-    it changes nothing; it is logged. Raises `ValueError` for unknown names, and for missing ones
-    without a default.
+    it changes nothing; it is logged. Raises `ValueError` for unknown names, for missing ones
+    without a default, and for values of another type.
     """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{cls.__name__} is {_shown(values)}; give an object with its fields")
     hints = typing.get_type_hints(cls)
     unknown = sorted(values.keys() - hints.keys())
     if unknown:
@@ -69,11 +116,37 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         hint = hints[name]
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             kwargs[name] = from_dict(hint, value)
-        elif typing.get_origin(hint) is tuple:
-            kwargs[name] = tuple(value)
-        else:
-            kwargs[name] = value
+            continue
+        given = tuple(value) if isinstance(value, list) else value
+        fits = _fits(given, hint)
+        check(fits, "--" + name.replace("_", "-"), repr(value), f"give {_kind(hint)}")
+        kwargs[name] = given
     return cls(**kwargs)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value is of a type that a field may have; a whole number is a number."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in inner
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _kind(hint: Any) -> str:
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return " or ".join(map(repr, inner))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_kind, inner))
+    if origin is tuple:
+        return f"a list, each {_kind(inner[0])}"
+    return _KINDS[hint]
 
 
 def _has_default(field: "dataclasses.Field[Any]") -> bool:

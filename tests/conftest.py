@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     # Triton decides when a kernel (its own helpers included) is decorated: before anything else
@@ -35,6 +36,10 @@ from moe_emergence.words import written
 REPOSITORY = Path(__file__).resolve().parent.parent
 KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run under test: on the GPU, or on CPU tensors in the interpreter."""
+
+
+settings.register_profile("long", print_blob=True)
+"""What the tests in faults/ take for more examples, see `mutated.often`."""
 
 
 def pytest_configure() -> None:

@@ -4,7 +4,6 @@ The docstring under each field is its command-line help. Every field is a flag o
 (`max_steps` is `--max-steps`); a `ValueError` names the flag, what was given and what to change.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,7 @@ from moe_emergence.config.model import ModelConfig, check_layers_exist
 from moe_emergence.config.monitor import MonitorConfig
 from moe_emergence.config.optim import OptimConfig
 from moe_emergence.names import DispatchName
-from moe_emergence.settings import check
+from moe_emergence.settings import check, check_plain
 
 __all__ = [
     "SHIPPED", "DataConfig", "ModelConfig", "MonitorConfig", "OptimConfig", "RunConfig",
@@ -76,10 +75,7 @@ class RunConfig:
             f"give a step from 1 to --max-steps ({self.optim.max_steps})",
         )
         self._check_sharding()
-        for group in (self.model, self.data, self.optim, self.monitor):
-            for name, value in vars(group).items():
-                finite = not isinstance(value, float) or math.isfinite(value)
-                check(finite, "--" + name.replace("_", "-"), value, "give a finite number")
+        check_plain(self)
         for flag, value, neutral in (
             ("--router-learning-rate-scale", self.optim.router_learning_rate_scale, 1.0),
             ("--freeze-router-after", self.optim.freeze_router_after, None),
