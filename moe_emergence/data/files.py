@@ -4,21 +4,22 @@
 that nobody asked for.
 """
 
-import bz2
-import gzip
 import io
-import json
-import lzma
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from moe_emergence.data.compressed import COMPRESSED, opened
+from moe_emergence.data.json_rows import json_rows
 from moe_emergence.data.streams import Row
+from moe_emergence.hub_access import reason
+
+logger = logging.getLogger(__name__)
 
 FileFormat: TypeAlias = Literal["json", "parquet", "text", "saved"]
 
-COMPRESSED = ("", ".gz", ".xz", ".bz2", ".zst")
 SUFFIXES: dict[str, FileFormat] = {
     ".parquet": "parquet",
     **{f".jsonl{c}": "json" for c in COMPRESSED},
@@ -26,6 +27,14 @@ SUFFIXES: dict[str, FileFormat] = {
     **{f".txt{c}": "text" for c in COMPRESSED},
 }
 READABLE = ".jsonl, .json, .txt (also .gz, .xz, .bz2, .zst) or .parquet"
+
+
+def longest_row(limit_bytes: int) -> int:
+    """Bytes of a line or a text file that are worth reading for `limit_bytes` of text.
+
+    A text may be half as long as the limit, and JSON may write a byte of it as six.
+    """
+    return 4 * limit_bytes + 2**24
 
 
 def suffix_of(name: str) -> str:
@@ -36,12 +45,18 @@ def suffix_of(name: str) -> str:
 def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
     """Readable files below a folder, linked folders included, and those that are not; sorted.
 
-    Hidden files and folders are left out of both.
+    Hidden files and folders are left out of both. Pipes, devices and links to nowhere cannot be
+    read, nor can folders that may not be opened.
     """
     readable: list[Path] = []
     others: list[Path] = []
     seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def refused(error: OSError) -> None:
+        if folder.is_dir():
+            others.append(Path(error.filename))
+
+    for place, folders, names in os.walk(folder, onerror=refused, followlinks=True):
         here = os.path.realpath(place)
         if here in seen:  # a link into what it lies in
             folders.clear()
@@ -50,7 +65,8 @@ def files_below(folder: Path) -> tuple[list[Path], list[Path]]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if not name.startswith("."):
-                (readable if suffix_of(name) else others).append(Path(place, name))
+                path = Path(place, name)
+                (readable if suffix_of(name) and path.is_file() else others).append(path)
     return sorted(readable), sorted(others)
 
 
@@ -64,12 +80,13 @@ def is_saved_splits(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file()
 
 
-def rows_of(path: Path, form: FileFormat, field: str, *others: str) -> Iterator[Row]:
+def rows_of(path: Path, form: FileFormat, field: str, *others: str, longest: int) -> Iterator[Row]:
     """Rows of one file, or saved data set, that have at least `field`, where any of its rows has
     it, and what they have of `others`.
 
     A text file is one row with the field "text"; line ends are those of Unix and a byte order mark
-    is no text. Raises what its libraries raise for a damaged file.
+    is no text. Lines, and text files, of more than `longest` bytes are passed over with a warning.
+    Raises what its libraries raise for a damaged file.
     """
     if form == "parquet":
         yield from _parquet_rows(path, field, others)
@@ -77,12 +94,17 @@ def rows_of(path: Path, form: FileFormat, field: str, *others: str) -> Iterator[
     if form == "saved":
         yield from _saved_rows(path, field, others)
         return
-    with _opened(path) as stream:
+    with opened(path) as stream:
         if form == "text":
-            yield {"text": io.TextIOWrapper(stream, encoding="utf-8-sig").read()}
+            content = stream.read(longest + 1)
+            if len(content) > longest:
+                size = f"{longest / 1e6:,.0f} MB"
+                logger.warning("%s: passed over, it is longer than %s", path, size)
+                return
+            yield {"text": io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()}
             return
         first, found = None, False
-        for row in _json_rows(stream):
+        for row in json_rows(stream, longest, str(path)):
             found = found or field in row
             first = first or row
             yield row if field in row else {**row, field: None}
@@ -90,32 +112,13 @@ def rows_of(path: Path, form: FileFormat, field: str, *others: str) -> Iterator[
             yield first  # for its names
 
 
-def _json_rows(stream: IO[bytes]) -> Iterator[Row]:
-    """Objects one after another, or in one list."""
-    decoder, is_first = json.JSONDecoder(), True
-    for line in stream:
-        text = line.decode("utf-8-sig" if is_first else "utf-8").strip()
-        if is_first and text.startswith("["):
-            rows = json.loads(text + stream.read().decode("utf-8"))
-            yield from map(_checked, rows)
-            return
-        is_first = is_first and not text
-        while text:
-            row, end = decoder.raw_decode(text)
-            yield _checked(row)
-            text = text[end:].lstrip()
-
-
-def _checked(row: object) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"a row is {type(row).__name__}, not an object with fields")
-    return row
-
-
 def _saved_rows(path: Path, field: str, others: tuple[str, ...]) -> Iterator[Row]:
     from datasets import load_from_disk
 
-    found = load_from_disk(str(path))
+    try:
+        found = load_from_disk(str(path))
+    except Exception as error:  # damaged files fail in as many ways as there are fields in them
+        raise ValueError(f"no data set, {reason(error)}") from error
     if field not in found.column_names and len(found):
         yield dict.fromkeys(found.column_names)
         return
@@ -139,57 +142,3 @@ def _parquet_rows(path: Path, field: str, others: tuple[str, ...]) -> Iterator[R
     columns = [name for name in (field, *others) if name in names]
     for batch in file.iter_batches(batch_size=1024, columns=columns):
         yield from batch.to_pylist()
-
-
-def _opened(path: Path) -> Any:
-    """The file's bytes as a context manager, decompressed."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.open(path)
-    if suffix == ".bz2":
-        return bz2.open(path)
-    if suffix == ".xz":
-        return lzma.open(path)
-    if suffix == ".zst":
-        return io.BufferedReader(_Zstandard(path))
-    return path.open("rb")
-
-
-class _Zstandard(io.RawIOBase):
-    """All frames of a file; one that ends too early is an `EOFError`, as with other formats."""
-
-    def __init__(self, path: Path) -> None:
-        import zstandard
-
-        self._new = zstandard.ZstdDecompressor().decompressobj
-        self._file = path.open("rb")
-        self._object: Any = None
-        self._left = self._ready = b""
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill `buffer` as far as there is something at once; 0 at the end."""
-        while not self._ready:
-            data = self._left or self._file.read(2**16)
-            self._left = b""
-            if not data:
-                if self._object is not None:
-                    raise EOFError("Compressed file ended before the end of its last frame")
-                return 0
-            if self._object is None:
-                self._object = self._new()
-            self._ready = self._object.decompress(data)
-            if self._object.eof:
-                self._left, self._object = self._object.unused_data, None
-        taken = self._ready[: len(buffer)]
-        buffer[: len(taken)] = taken
-        self._ready = self._ready[len(taken) :]
-        return len(taken)
-
-    def close(self) -> None:
-        """And the file under it."""
-        self._file.close()
-        super().close()

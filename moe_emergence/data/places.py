@@ -5,8 +5,9 @@ A folder has one file or sub-folder per domain, named for it. A single file, or 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from moe_emergence.config.data import check_domain_names
@@ -17,11 +18,11 @@ from moe_emergence.data.files import (
     files_below,
     is_saved,
     is_saved_splits,
+    longest_row,
     rows_of,
     suffix_of,
 )
-from moe_emergence.data.streams import Row, stream_rows
-from moe_emergence.hub_access import reason
+from moe_emergence.data.streams import Row, stream_rows, unreadable
 from moe_emergence.progress import progress_bar
 from moe_emergence.settings import check
 
@@ -52,16 +53,22 @@ class DomainFiles:
 
 
 def find_domains(
-    path: Path, names: Sequence[str] = (), domain_field: str | None = None
+    path: Path,
+    names: Sequence[str] = (),
+    domain_field: str | None = None,
+    *,
+    longest: int = longest_row(0),
 ) -> dict[str, DomainFiles]:
     """The domains at `path`: `names` in their order, or all that are there, by name.
+
+    `longest` is for `domain_field`, see `rows_of`.
 
     Raises:
         ValueError: naming the flag, for a domain that is not there or not in exactly one place, and
             for files that cannot be told apart or read.
     """
     check(
-        path.exists(),
+        path.is_file() or path.is_dir(),
         "--data",
         path,
         'no such file or folder; give "embedded", "hub", or a folder with a file or sub-folder per '
@@ -69,7 +76,7 @@ def find_domains(
     )
     if domain_field is not None:
         whole = _place(path, path.name)
-        found = tuple(names) or _values(whole, domain_field)
+        found = tuple(names) or _values(whole, domain_field, longest)
         return {name: replace(whole, only=(domain_field, name)) for name in found}
     if path.is_file() or is_saved(path) or "train" in _saved_splits(path):
         name = _stem(path)
@@ -202,18 +209,17 @@ def _saved_splits(path: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in path.iterdir() if is_saved(entry)))
 
 
-def _values(whole: DomainFiles, field: str) -> tuple[str, ...]:
+def _values(whole: DomainFiles, field: str, longest: int) -> tuple[str, ...]:
     """The values that `field` has in any row."""
     found: set[str] = set()
     without = 0
     with progress_bar(f"domains in {whole.path.name}", len(whole.files)) as advance:
         for file in whole.files:
-            where = f"--data {file}"
 
-            def explain(error: Exception, where: str = where) -> str:
-                return f"{where}: could not be read ({reason(error)}); replace the damaged file"
+            def rows(file: Path = file) -> Iterable[Row]:
+                return rows_of(file, whole.form, field, longest=longest)
 
-            for row in stream_rows(lambda file=file: rows_of(file, whole.form, field), explain):  # type: ignore[misc]
+            for row in stream_rows(rows, partial(unreadable, f"--data {file}:")):
                 check(
                     field in row,
                     "--domain-field",

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, TypeAlias
 
-from moe_emergence.hub_access import http_error_type
+from moe_emergence.hub_access import http_error_type, reason
 
 Format: TypeAlias = Literal["json", "parquet"]
 Row: TypeAlias = dict[str, Any]
@@ -81,6 +81,13 @@ def stream_rows(
         except failures as error:
             raise ValueError(explain(error)) from error
         yield row
+
+
+def unreadable(where: str, error: Exception) -> str:
+    """The sentence for what reading at `where` raised."""
+    is_encoding = isinstance(error, UnicodeError) or "not UTF-8" in str(error)
+    change = "save it in UTF-8" if is_encoding else "replace the damaged file"
+    return f"{where} could not be read ({reason(error)}); {change}"
 
 
 def text_of(row: Row, field: str, where: str, change: str) -> str:

@@ -125,7 +125,7 @@ def changed(draw: st.DrawFn, values: Any, most: int = 2) -> Any:
         if what == "delete":
             del holder[key]
         elif what == "replace":
-            holder[key] = draw(JSON)
+            holder[key] = deepcopy(draw(JSON))
         elif what == "wrap":
             holder[key] = [holder[key]]
         elif isinstance(holder, list):
