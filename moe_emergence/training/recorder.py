@@ -1,7 +1,7 @@
 """Where a run's measurements go: `metrics.jsonl`, the tracker and the progress bar."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +27,7 @@ class Recorder:
         tokens_per_step: over all processes.
         first_step: steps done already; rows of later ones are dropped. -1 drops all.
         train_seconds: spent on those steps.
+        where: says of a step (from 1) where its first value is that is not finite.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Recorder:
         tokens_per_step: int,
         first_step: int,
         train_seconds: float,
+        where: Callable[[int], str],
     ) -> None:
-        self.train_seconds, self._domains = train_seconds, domains
+        self.train_seconds, self._domains, self._where = train_seconds, domains, where
         self._run, self._is_main, self._tokens_per_step = run, is_main, tokens_per_step
         # what the collapse detector sees is on record
         self._router_every = config.monitor.log_router_every, config.monitor.collapse_every
@@ -109,7 +111,7 @@ class Recorder:
         good, failure = check_finite(rows)
         self._write(good)
         if failure is not None:
-            raise self.failure(failure)
+            raise self.failure(f"{failure}: {self._where(rows[len(good)]['step'])}")
         self._progress.update(rows[-1])
 
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:

@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from moe_emergence.training.evaluation import evaluate
 from moe_emergence.training.frozen_states import FrozenStates
 from moe_emergence.training.graph import make_update
 from moe_emergence.training.metrics import StepRecord
+from moe_emergence.training.not_finite import where_not_finite
 from moe_emergence.training.objective import NextTokenLoss
 from moe_emergence.training.operators import use_fast_operators
 from moe_emergence.training.processes import largest, on_main
@@ -118,6 +120,7 @@ class Trainer:
         rate = config.model.expert_bias_rate
         update = Update(accelerator, self.model, self.optimizer, config.optim, rate)
         self.update = make_update(update, config)
+        self._gradients = update.gradients
         self.stopped_by = 0
         """After `train`: the signal that asked to stop, even if the run was complete by then."""
         self.resumed = checkpoint is not None
@@ -141,6 +144,7 @@ class Trainer:
             tokens_per_step=self.tokens_per_step,
             first_step=self.step if self.resumed else -1,
             train_seconds=self.train_seconds,
+            where=self._where_in_step,
         )
         try:
             with StopRequest() as stop, self.recorder:
@@ -194,19 +198,31 @@ class Trainer:
         return status
 
     def _train_step(self, batch: StepBatch) -> StepStatistics:
-        config, optim = self.config, self.config.optim
-        # dropout is a function of (seed, step, process): nothing to save, nothing to drift
-        torch.manual_seed(hash((config.seed, self.step, self.accelerator.process_index)))
-        noise = None
-        if config.model.moe_layers:
-            noise = RouterNoise(noise_std(self.step, optim), config.seed, self.step)
-        device = self.accelerator.device
-        batch = StepBatch(batch.input_ids.to(device), batch.domains.to(device))
+        optim = self.config.optim
+        batch, noise = self._inputs(self.step, batch)
         sums, grad_norm = self.update(batch, noise, Rates.at(self.step, optim))
         std = None if noise is None else noise_std(self.step, optim)
         rate = learning_rate(self.step, optim)
         self.recorder.step(StepRecord(self.step + 1, sums, grad_norm, rate, std))
         return sums
+
+    def _inputs(self, step: int, batch: StepBatch) -> tuple[StepBatch, RouterNoise | None]:
+        """What the step's result depends on beside the weights; the generator is set for it."""
+        config, device = self.config, self.accelerator.device
+        # dropout is a function of (seed, step, process): nothing to save, nothing to drift
+        torch.manual_seed(hash((config.seed, step, self.accelerator.process_index)))
+        noise = None
+        if config.model.moe_layers:
+            noise = RouterNoise(noise_std(step, config.optim), config.seed, step)
+        return StepBatch(batch.input_ids.to(device), batch.domains.to(device)), noise
+
+    def _where_in_step(self, step: int) -> str:
+        """Where the first value of a step (from 1) is that is not finite, by taking it again."""
+        batch, noise = self._inputs(step - 1, self.loader.dataset[step - 1])
+        self.model.train()
+        return where_not_finite(
+            self.accelerator, self.unwrapped, lambda: self._gradients(batch, noise)
+        )
 
     def _collapsed(self, sums: StepStatistics) -> bool:
         fractions_NE = sums.expert_counts_NE / sums.expert_counts_NE.sum(dim=1, keepdim=True)
@@ -224,7 +240,8 @@ class Trainer:
         return collapse is not None
 
     def _evaluate(self) -> None:
-        evaluation = evaluate(
+        evaluating = partial(
+            evaluate,
             self.accelerator,
             self.model,
             self.data.eval_blocks,
@@ -234,8 +251,10 @@ class Trainer:
             num_experts=self.config.model.num_experts,
             together=self.config.fsdp_size > 1,
         )
+        evaluation = evaluating()
         if not math.isfinite(evaluation.lm_loss):
-            raise self.recorder.failure(f"eval/lm_loss is not finite at step {self.step}")
+            where = where_not_finite(self.accelerator, self.unwrapped, evaluating)
+            raise self.recorder.failure(f"eval/lm_loss is not finite at step {self.step}: {where}")
         churn = self.churn.check(
             self.model, self.accelerator.device, self.step, self.config.optim.max_steps
         )

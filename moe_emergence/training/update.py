@@ -1,6 +1,6 @@
 """One update of the weights: gradients of a step, clipping, AdamW, and the balancing bias."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,11 @@ class Update:
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.optim, self.bias_rate = optim, bias_rate
+        # fused optimizers skip a step where it is 1, and it stays that: without ever waiting for the
+        # device, the weights are there with which the first step that is not finite began
+        self.spoiled = torch.zeros((), device=accelerator.device)
+        wrapped: Any = getattr(optimizer, "optimizer", optimizer)
+        wrapped.found_inf = self.spoiled
         self.routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
         for router in self.routers:
             router.expert_bias_rate = 0.0  # moved here, by the counts of whole steps
@@ -52,14 +57,21 @@ class Update:
     def __call__(self, batch: "StepBatch", noise: RouterNoise | None, rates: Rates) -> Outcome:
         """Take a step with this process's share (A, B, L) of the batch, on the device.
 
-        `noise` is None for a dense model. Rates on the device are read there.
+        `noise` is None for a dense model. Rates on the device are read there. From the first step
+        whose loss or gradient norm is not finite, weights and optimizer stay as they are.
         """
         rates.assign(self.optimizer)
-        sums = forward_backward(self.accelerator, self.model, batch, self.optim, noise)
+        sums = self.gradients(batch, noise)
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+        finite = torch.isfinite(norm + sums.lm_loss)
+        self.spoiled.copy_(torch.where(finite, self.spoiled, 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.bias_rate and self.routers:
             for router, counts_E in zip(self.routers, sums.expert_counts_NE, strict=True):
                 router.update_expert_bias(counts_E, self.bias_rate)
         return Outcome(sums, norm)
+
+    def gradients(self, batch: "StepBatch", noise: RouterNoise | None) -> StepStatistics:
+        """The first half of a step: gradients of all parameters, and what was measured."""
+        return forward_backward(self.accelerator, self.model, batch, self.optim, noise)
