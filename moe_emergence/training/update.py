@@ -45,7 +45,7 @@ class Update:
     ) -> None:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.optim, self.bias_rate = optim, bias_rate
-        # fused optimizers skip a step where it is 1, and it stays that: without ever waiting for the
+        # fused optimizers skip a step where it is 1, and it stays so: without ever waiting for the
         # device, the weights are there with which the first step that is not finite began
         self.spoiled = torch.zeros((), device=accelerator.device)
         wrapped: Any = getattr(optimizer, "optimizer", optimizer)
