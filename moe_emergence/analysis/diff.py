@@ -24,7 +24,7 @@ from moe_emergence.analysis.loading import Placement
 from moe_emergence.analysis.matching import Choices, Ints, Overlap, random_kept
 from moe_emergence.analysis.routers import RouterReader
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.analysis.sources import Source, open_source, read_text, text_choice
+from moe_emergence.analysis.sources import Source, open_source, read_text, sees, text_choice
 from moe_emergence.analysis.streaming import is_byte_level
 from moe_emergence.analysis.tidy import FIGURES, write_tables
 from moe_emergence.analysis.token_types import TOKEN_TYPES, token_types
@@ -93,7 +93,7 @@ def check_same_tokens(
             "that read the same tokens"
         )
     longest = max(part.shape[1] for part in blocks.values())
-    seen = getattr(other.model.config, "max_position_embeddings", None) or longest
+    seen = sees(other.model) or longest
     if longest > seen:
         raise ValueError(f"--block-size {longest}: {names[1]} sees {seen} tokens; give fewer")
 

@@ -106,7 +106,13 @@ def read_text(source: Source, choice: TextChoice) -> Text:
         ValueError: naming the flag, when the text cannot be read, is too small, or has no such
             domain.
     """
-    own = source.config
+    own, longest = source.config, sees(source.model)
+    check(
+        not (choice.block_size and longest) or choice.block_size <= longest,
+        "--block-size",
+        choice.block_size,
+        f"{source.name} sees {longest} tokens; give at most that",
+    )
     if own is not None and (choice.data is None or same_text(choice.data, own.data.data)):
         size = choice.block_size or own.data.block_size
         classes = token_classes(own.data.token_types) | token_classes(choice.token_types)
@@ -121,6 +127,7 @@ def read_text(source: Source, choice: TextChoice) -> Text:
         )
         _check_same(source, prepared, blocks=size == own.data.block_size)
         return _chosen(prepared, choice, f"evaluation blocks of the run ({own.data.data})")
+    most = min(LONGEST_BLOCK, longest or LONGEST_BLOCK)
     config = DataConfig(
         data=choice.data or "embedded",
         domains=choice.domains,
@@ -128,7 +135,7 @@ def read_text(source: Source, choice: TextChoice) -> Text:
         text_field=choice.text_field,
         token_types=choice.token_types,
         size_mb=own.data.size_mb if own else 2.0,
-        block_size=choice.block_size or (own.data.block_size if own else _length(source.model)),
+        block_size=choice.block_size or (own.data.block_size if own else most),
         tokenizer=source.place,
         cache_dir=choice.cache_dir,
     )
@@ -169,10 +176,11 @@ def _check_same(source: Source, prepared: PreparedData, *, blocks: bool) -> None
         )
 
 
-def _length(model: Any) -> int:
-    config = model.config
-    seen = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
-    return min(LONGEST_BLOCK, int(seen or LONGEST_BLOCK))
+def sees(model: Any) -> int | None:
+    """Tokens that the model can read at once, if its configuration says so."""
+    names = ("n_positions", "max_position_embeddings")
+    found = (getattr(model.config, name, None) for name in names)
+    return next((int(one) for one in found if one), None)
 
 
 def _run_config(run: RunFolder) -> RunConfig:

@@ -5,7 +5,7 @@ Parameters have GPT-2's names; a converted layer has `mlp.router` and `mlp.exper
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
 
         `capture_outputs` acts on the last two arguments. There is no `**kwargs`: an argument that
         transformers renames or a user misspells is a `TypeError`, not a different result.
+
+        Raises:
+            ValueError: for more tokens, those in the cache included, than there are positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -94,9 +97,17 @@ class MoEGPT2Model(MoEGPT2PreTrainedModel):
         )
         if position_ids is None:
             seen = 0 if cache is None else cache.get_seq_length()
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+            length = inputs_embeds.shape[1]
+            # of some caches the length is on the device, and is not waited for
+            if isinstance(seen, int) and seen + length > self.config.max_position_embeddings:
+                raise _too_long(f"{seen + length} tokens", self.config)
+            position_ids = torch.arange(length, device=inputs_embeds.device) + seen
             position_ids = position_ids.unsqueeze(0)
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))
+        try:
+            positions = self.wpe(position_ids)
+        except IndexError as error:  # on a CPU
+            raise _too_long(f"position_ids up to {position_ids.max()}", self.config) from error
+        hidden_states = self.drop(inputs_embeds + positions)
         decisions = []
         for block in self.h:
             hidden_states, decision = block(
@@ -166,3 +177,28 @@ class MoEGPT2LMHeadModel(MixtureHead, MoEGPT2PreTrainedModel, GenerationMixin):
             router_noise=router_noise,
             **kwargs,
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers' own, up to the last position.
+
+        Raises:
+            ValueError: for the token after it.
+        """
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        limit = self.config.max_position_embeddings
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        length = input_ids.shape[1] if mask is None else mask.shape[-1]
+        # padding takes no position, and is worth waiting for the device only here
+        if length > limit and positions is not None and int(positions.max()) >= limit:
+            raise _too_long(f"{int(positions.max()) + 1} tokens", self.config)
+        return inputs
+
+
+def _too_long(given: str, config: MoEGPT2Config) -> ValueError:
+    limit = config.max_position_embeddings
+    return ValueError(
+        f"{given}: the model has {limit} positions (n_positions), from 0; give at most {limit} "
+        "tokens, in generate prompt and max_new_tokens together, or cut the text into parts"
+    )
