@@ -38,6 +38,9 @@ class MoELayer(nn.Module):
         dispatch: name of the path through the experts, see `get_dispatcher`; it can be changed at
             any time (`layer.dispatch = "sequential"`) and is not part of the state dict.
         layer: index in the model, so that the null models differ between layers.
+        check_finite: refuse NaN and infinity by name, see `forward`. It waits for the device three
+            times a pass: to look for an error with, not to train. It can be changed at any time
+            (`layer.check_finite = True`). Without it a token that is NaN goes to the first experts.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class MoELayer(nn.Module):
         pools: DocumentPools | None = None,
         dispatch: str = "auto",
         layer: int = 0,
+        check_finite: bool = False,
     ) -> None:
         super().__init__()
         if router not in get_args(RouterKind):
@@ -75,6 +79,7 @@ class MoELayer(nn.Module):
             )
         self.experts = Experts(num_experts, hidden_size, expert_size, activation)
         self.dispatch = dispatch
+        self.index, self.check_finite = layer, check_finite
 
     @property
     def dispatch(self) -> Dispatcher:
@@ -91,8 +96,27 @@ class MoELayer(nn.Module):
         """Output of the shape of `x` (..., H), and the decision over its T flattened tokens.
 
         `token_ids` (...,) is needed by the hash router and by pools only.
+
+        Raises:
+            FloatingPointError: with `check_finite`, when the input, the router's logits or the
+                experts' output are not finite; it names the layer, the first of them, and how many
+                rows are concerned. Logits are computed in fp32 and finite for every input in 16
+                bits; experts' products in fp16 overflow above 65,504.
         """
         x_TH = x.reshape(-1, x.shape[-1])
+        self._check("input", x_TH)
         decision = self.router(x_TH, noise, token_ids)
+        self._check("router's logits", decision.router_logits)
         y_TH = self.experts(x_TH, decision.topk_experts, decision.topk_weights)
+        self._check("experts' output", y_TH)
         return y_TH.view(x.shape), decision
+
+    def _check(self, what: str, rows: Tensor) -> None:
+        if not self.check_finite:
+            return
+        bad_T = ~rows.detach().isfinite().all(dim=1)
+        if bad_T.any():
+            raise FloatingPointError(
+                f"layer {self.index}: the {what} is not finite in {bad_T.sum():,} of "
+                f"{len(bad_T):,} rows ({rows.dtype}), first in row {bad_T.int().argmax()}"
+            )

@@ -77,5 +77,5 @@ def test_analyze_names_the_flag_before_it_reads_anything(name: str) -> None:
     source = Source("mine", "nowhere", "model", sees, None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^--block-size 33: mine sees 32 tokens"):
         read_text(source, TextChoice(data="no-such-folder", block_size=33))
-    with pytest.raises(ValueError, match="no-such-folder"):
+    with pytest.raises(ValueError, match=r"^--tokenizer nowhere"):
         read_text(source, TextChoice(data="no-such-folder", block_size=32))
