@@ -20,8 +20,8 @@ from benchmarks import same_answer
 from benchmarks.same_answer import DTYPES, Read, alone, changed, distance, in_parts, padded
 
 ROUNDINGS = 4
-"""Two ways may be apart by this many times the farthest that rounding takes one of 20 sequences from
-fp64: both are off, and the farthest of all sequences is farther than that of 20."""
+"""Two ways may be apart by this many times the farthest that rounding takes one of 20 sequences
+from fp64: both are off, and the farthest of all sequences is farther than that of 20."""
 KINDS = {
     "GPT-2": lambda: small_models.make_model(2),
     "GPT-2, one expert": lambda: small_models.make_model(1),
