@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.utils.logging import get_logger
 
 from moe_emergence.integrations.transformers import ImplementationDispatcher
+from moe_emergence.models.card import write_card
 from moe_emergence.models.configuration import MixtureConfig
 from moe_emergence.models.outputs import MoECausalLMOutput
 from moe_emergence.moe import (
@@ -95,6 +96,14 @@ class MixtureModel(_OfFamily):
         """As transformers' own; experts' biases are also read by the names b1 and b2."""
         options["key_mapping"] = _FORMER_NAMES | (options.get("key_mapping") or {})
         return super().from_pretrained(*args, **options)
+
+    def save_pretrained(  # type: ignore[override]  # it has a dozen more that nobody needs here
+        self, save_directory: Any, is_main_process: bool = True, **options: Any
+    ) -> None:
+        """As transformers' own, with a README.md that says what loads the folder."""
+        if is_main_process:
+            write_card(save_directory, self.config.model_type)
+        super().save_pretrained(save_directory, is_main_process, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
