@@ -5,10 +5,10 @@ import os
 import warnings
 
 import transformers
-from rich.console import Console
 from rich.logging import RichHandler
 
 from moe_emergence.dependencies import untested_here
+from moe_emergence.terminal import Console
 
 logger = logging.getLogger(__name__)
 

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 from moe_emergence.interrupt import SIGNALS, Interrupted, interrupted_code
+from moe_emergence.printable import printable
 
 
 class RunError(RuntimeError):
@@ -70,5 +71,5 @@ def _debugs(argv: list[str]) -> bool:
 def _fail(message: str, code: int) -> int:
     # the terminal may be gone
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"error: {' '.join(message.split())}\n")
+        sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
     return code

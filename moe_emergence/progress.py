@@ -12,8 +12,9 @@ def progress_bar(description: str, total: float | None) -> Iterator[Callable[[fl
     Nothing is written where stderr is not a terminal, and nothing stays there. `total` and the
     amounts share one unit; without a total the bar only shows that something is being done.
     """
-    from rich.console import Console
     from rich.progress import Progress
+
+    from moe_emergence.terminal import Console
 
     terminal = sys.stderr.isatty()
     console = Console(stderr=True)

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from moe_emergence.analysis.token_types import TOKEN_TYPES, token_types
 from moe_emergence.config import TokenClass
 from moe_emergence.config.data import ALL
 from moe_emergence.progress import progress_bar
+from moe_emergence.terminal import Console
 
 Cell = tuple[str, str]
 

@@ -8,6 +8,7 @@ from moe_emergence.analysis.figures.write import TRAJECTORY
 from moe_emergence.analysis.tidy import FIGURES as FOLDER
 from moe_emergence.analysis.tidy import TABLES
 from moe_emergence.disk import write_text
+from moe_emergence.printable import inert
 from moe_emergence.run_folder import read_json
 
 
@@ -19,13 +20,17 @@ def write_gallery(folder: Path, page: Path) -> Path:
     """
     about = read_json(folder / "analysis.json")
     link = Path(os.path.relpath(folder.resolve(), page.parent.resolve())).as_posix()
-    names = ", ".join(f"`{run['name']}`" for run in about["runs"])
+    names = ", ".join(_code(run["name"]) for run in about["runs"])
     parts = [
         "# Gallery",
         f"What `analyze` draws, of {names}: {about['tokens']:,} tokens of {about['data']}. Numbers "
         "are in the table that each figure names.",
         f"```bash\n{about['command']}\n```",
-        *(f"`{run['name']}` is `{run['made_by']}`." for run in about["runs"] if run["made_by"]),
+        *(
+            f"{_code(run['name'])} is {_code(run['made_by'])}."
+            for run in about["runs"]
+            if run["made_by"]
+        ),
     ]
     shown = {name: (one.caption, one.table, "png") for name, one in FIGURES.items()}
     caption = "Share of each domain's assignments per expert, over the checkpoints of training."
@@ -38,5 +43,10 @@ def write_gallery(folder: Path, page: Path) -> Path:
                 f"{caption} Numbers: [{table}.csv]({link}/{TABLES}/{table}.csv).",
                 f"![{heading}]({link}/{FOLDER}/{name}.{suffix})",
             ]
-    write_text(page, "\n\n".join(parts) + "\n")
+    write_text(page, inert("\n\n".join(parts) + "\n"))
     return page
+
+
+def _code(text: str) -> str:
+    """On one line, as code that ends nowhere but at its end."""
+    return f"`{' '.join(text.split()).replace('`', chr(39))}`"

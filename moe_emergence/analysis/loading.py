@@ -1,6 +1,7 @@
 """Loading any language model in transformers: as what, where, and whether there is room."""
 
 import logging
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,11 @@ def load_model(place: str, placement: Placement) -> tuple[Any, "PreTrainedTokeni
         spread = {"device_map": "auto"} if placement.device == SPREAD else {}
         model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **spread)
         tokenizer = AutoTokenizer.from_pretrained(place)
+    except pickle.UnpicklingError as error:  # whose own advice is to run what is in there
+        raise ValueError(
+            f"SOURCE {place}: its weights are a pickle of more than tensors, which could run any "
+            "code; give a model with safetensors"
+        ) from error
     except (OSError, KeyError) as error:
         raise ValueError(_not_loaded(place, error)) from error
     except ValueError as error:

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from moe_emergence.analysis.information import mutual_information
 from moe_emergence.config.data import ALL
 from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.run_folder import STAGES, RunFolder, losses_by_domain, read_json, read_metrics
+from moe_emergence.terminal import Console
 
 
 def last_evaluation(run: RunFolder) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from moe_emergence.csv_cells import csv_of
 from moe_emergence.disk import clear_unfinished, remove_file, whole_file, write_text
 
 TABLES = "tables"
@@ -46,7 +47,7 @@ def read_tables(folder: Path) -> dict[str, pd.DataFrame]:
 
 def _write(table: pd.DataFrame, path: Path) -> None:
     if path.suffix == ".csv":
-        write_text(path, table.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+        write_text(path, csv_of(table, float_format="%.6g"))
     else:
         with whole_file(path) as new:
             table.to_parquet(new, index=False)

@@ -1,12 +1,12 @@
 """A text with every token in the colour of its expert, for the terminal."""
 
 import torch
-from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from moe_emergence.analysis.palette import FOR_ANY_EYE, PALETTE, TERMINAL_16
 from moe_emergence.models import MixtureModel
+from moe_emergence.terminal import Console
 
 
 @torch.no_grad()

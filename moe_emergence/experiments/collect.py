@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from moe_emergence.config.data import ALL
+from moe_emergence.csv_cells import read_csv
 from moe_emergence.experiments.description import BASE, SuiteFolder
 from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
 
@@ -103,7 +104,7 @@ def collect(suite: SuiteFolder) -> Records:
                 for measured in metrics:
                     _sort_row(key, measured, losses, fractions, entropies, churn)
                 if run.modules.exists():
-                    table = pd.read_csv(run.modules)
+                    table = read_csv(run.modules)
                     modules.append(table.assign(variant=variant, seed=seed))
             except (ValueError, KeyError, OSError) as error:
                 row |= {"status": "unreadable", "problem": str(error)}

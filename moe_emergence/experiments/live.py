@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from moe_emergence.experiments.plan import PlannedRun
+from moe_emergence.terminal import Console
 
 logger = logging.getLogger(__name__)
 

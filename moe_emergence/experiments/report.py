@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from moe_emergence.analysis.figure_file import save
 from moe_emergence.analysis.routing_record import RoutingRecord
 from moe_emergence.analysis.token_types import token_types
+from moe_emergence.csv_cells import csv_of
 from moe_emergence.data.tokenizer import folder_tokenizer
 from moe_emergence.disk import clear_unfinished, remove_file, write_text
 from moe_emergence.experiments import figures, sections
@@ -30,6 +31,7 @@ from moe_emergence.experiments.specialisation import (
     against_nulls,
     specialisation,
 )
+from moe_emergence.printable import inert
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ def build_report(
     write_tables(evidence, folder / "tables")
     shown = write_figures(evidence, folder / "figures")
     path = folder / REPORT
-    write_text(path, report_text(evidence, shown))
+    write_text(path, inert(report_text(evidence, shown)))
     logger.info("wrote %s", path)
     return path
 
@@ -166,7 +168,7 @@ def write_tables(evidence: Evidence, folder: Path) -> None:
         if table.empty:
             remove_file(path)
         else:
-            write_text(path, table.to_csv(index=False, float_format="%.6g"))
+            write_text(path, csv_of(table, float_format="%.6g"))
 
 
 def write_figures(evidence: Evidence, folder: Path) -> set[str]:

@@ -18,6 +18,7 @@ from moe_emergence.analysis.modules import halves, module_tables, name_on
 from moe_emergence.analysis.routing_record import record_routing, save_routing
 from moe_emergence.begin import begin
 from moe_emergence.config import RunConfig
+from moe_emergence.csv_cells import csv_of
 from moe_emergence.data import prepare_data
 from moe_emergence.device import find_device
 from moe_emergence.disk import write_text
@@ -97,7 +98,7 @@ def test_final_modules(config: RunConfig, folder: RunFolder) -> None:
         model, naming, {"second half": second}, eos_id=data.tokenizer.eos_token_id,
         most=TESTED_ON, seed=config.seed,
     )  # fmt: skip
-    write_text(folder.modules, tables["modules"].to_csv(index=False))
+    write_text(folder.modules, csv_of(tables["modules"]))
 
 
 def final_mixture(config: RunConfig, folder: RunFolder) -> MixtureModel:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe_emergence.analysis.steering import steered
@@ -17,6 +16,7 @@ from moe_emergence.models import MixtureModel, upcycle
 from moe_emergence.models.loading import LanguageModel, load_trained_model
 from moe_emergence.moe.dispatch import get_dispatcher
 from moe_emergence.settings import check
+from moe_emergence.terminal import Console
 
 logger = logging.getLogger(__name__)
 

@@ -1,5 +1,6 @@
 """Where a dense base comes from: a hub id, a folder, or fresh weights."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,11 @@ def _load(place: str, flag: str, **options: Any) -> Any:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, **options
         )
+    except pickle.UnpicklingError as error:  # whose own advice is to run what is in there
+        raise ValueError(
+            f"{flag} {place}: no model could be loaded (its weights are a pickle of more than "
+            "tensors, which could run any code); give one with safetensors"
+        ) from error
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{flag} {place}: no model could be loaded ({reason(error)})") from error
     model, report = loaded

@@ -17,8 +17,9 @@ from types import MappingProxyType
 from typing import Any
 
 from moe_emergence import __version__
+from moe_emergence.disk import write_text
 from moe_emergence.models.mixture import MixtureModel
-from moe_emergence.run_folder import read_json, write_json, write_text
+from moe_emergence.run_folder import read_json, write_json
 
 _OURS = ("moe_emergence", "emergence_kernels")
 _TWINS = MappingProxyType(

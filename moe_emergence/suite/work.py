@@ -5,8 +5,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from moe_emergence.begin import begin
 from moe_emergence.device import find_device
 from moe_emergence.experiments.cluster import Cluster
@@ -27,6 +25,7 @@ from moe_emergence.run_folder import read_json, write_json
 from moe_emergence.run_lock import locked
 from moe_emergence.suite.options import PlanOptions, ReportOptions, RunOptions, RunsOptions
 from moe_emergence.suite.verbs import overrides_of
+from moe_emergence.terminal import Console
 
 
 def plan(suite: Suite, options: PlanOptions) -> int:

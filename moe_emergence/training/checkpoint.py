@@ -128,9 +128,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             )
     try:
         trainer_state = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
-            f"--resume {path}: {TRAINER_STATE} holds more than tensors and is not loaded"
+            f"--resume {path}: {TRAINER_STATE} holds something else than tensors and is not loaded"
         ) from error
     return Checkpoint(
         path,

@@ -71,8 +71,8 @@ class FrozenStates:
 
 def _read(path: Path) -> Tensor:
     try:
-        return torch.from_numpy(np.load(path))
-    except (ValueError, EOFError) as error:
+        return torch.from_numpy(np.load(path, allow_pickle=False))
+    except (ValueError, EOFError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}); delete it, it will be made again") from error
 
 

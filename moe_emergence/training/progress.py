@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import TracebackType
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.progress import (
@@ -16,6 +16,7 @@ from rich.progress import (
 )
 
 from moe_emergence.run_folder import losses_by_domain
+from moe_emergence.terminal import Console
 from moe_emergence.training.routing_view import RoutingView
 
 

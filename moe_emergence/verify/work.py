@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from rich.console import Console
 
 from moe_emergence.certificate import (
     FAMILIES,
@@ -32,6 +31,7 @@ from moe_emergence.moe.dispatch import Dispatcher, get_dispatcher
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import write_json
 from moe_emergence.settings import check_known, to_dict
+from moe_emergence.terminal import Console
 from moe_emergence.verify import VerifyConfig
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,6 +11,7 @@ from moe_emergence.analysis.report.summary import RunFinding, summarise
 from moe_emergence.analysis.report.verdict import type_sentence
 from moe_emergence.analysis.tidy import read_tables
 from moe_emergence.run_folder import read_json
+from moe_emergence.terminal import Console
 
 MOST_ROWS = 32
 TOKENS = 3
