@@ -18,8 +18,8 @@ from moe_emergence.analysis.tidy import read_tables, write_tables
 pytestmark = pytest.mark.slow
 
 HOSTILE = (
-    "</script></textarea></title></style>-->"
-    '<img src=x onerror="document.title=1"><svg onload=probe()>'
+    '</script></textarea></title></style>--><img src=x onerror="document.title=1">'
+    "<svg onload=probe()>"
     "<a href='javascript:document.title=2'>a</a>\"'` {{ 7*7 }} <b>bold</b> &lt;"
 )
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
