@@ -20,7 +20,7 @@ def splits() -> dict[int, list[str]]:
     return {n: [*short, "--batch-size", str(8 // n)] for n in (1, 2)}
 
 
-@pytest.mark.parametrize("name", [name for name in FAULTS if name != "the first one killed"])
+@pytest.mark.parametrize("name", FAULTS)
 def test_all_end(
     name: str, tiny_flags: list[str], splits: dict[int, list[str]], tmp_path: Path
 ) -> None:
