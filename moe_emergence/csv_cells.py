@@ -30,7 +30,8 @@ def csv_of(table: pd.DataFrame, **options: Any) -> str:
     """The table as CSV without its index; `options` are those of `DataFrame.to_csv`."""
     cells = _mapped(table, guarded)
     # of these pandas and Python before 3.13 do not know that they end a line for readers
-    returns = any(isinstance(cell, str) and "\r" in cell for cell in cells.to_numpy().flat)
+    text_columns = (cells.iloc[:, place] for place in _text_columns(cells))
+    returns = any("\r" in cell for column in text_columns for cell in column.unique().astype(str))
     quoting = csv.QUOTE_NONNUMERIC if returns else csv.QUOTE_MINIMAL
     text: str = cells.to_csv(index=False, lineterminator="\n", quoting=quoting, **options)
     return text
@@ -46,8 +47,14 @@ def _mapped(table: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
         return change(value) if isinstance(value, str) else value
 
     mapped = table.rename(columns=cell)
-    for place, dtype in enumerate(table.dtypes):
-        if not (pd.api.types.is_numeric_dtype(dtype) or pd.api.types.is_bool_dtype(dtype)):
-            column = table.iloc[:, place].astype(object).map(cell, na_action="ignore")
-            mapped.isetitem(place, column)
+    for place in _text_columns(table):
+        column = table.iloc[:, place].astype(object)
+        changed = {value: cell(value) for value in column.unique()}
+        mapped.isetitem(place, column.map(changed, na_action="ignore"))
     return mapped
+
+
+def _text_columns(table: pd.DataFrame) -> list[int]:
+    """Places of the columns that are no numbers."""
+    numbers = pd.api.types.is_numeric_dtype
+    return [place for place, dtype in enumerate(table.dtypes) if not numbers(dtype)]
