@@ -16,6 +16,9 @@ RESERVED = (ALL, "none", "random")
 """What tables write in the place of a domain."""
 _NOT_IN_A_NAME = frozenset('/\\=*?"<>|:$')
 LONGEST_NAME = 60
+MOST_MB = 10**9
+MOST_TOKENS = 10**6
+"""The trainer of a vocabulary takes memory for all of it at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +62,18 @@ class DataConfig:
     """Folder for everything that is downloaded or trained once and reused."""
 
     def __post_init__(self) -> None:
-        check(self.size_mb > 0, "--size-mb", self.size_mb, "give a positive number of megabytes")
+        check(
+            0 < self.size_mb <= MOST_MB,
+            "--size-mb",
+            self.size_mb,
+            f"give a positive number of megabytes, at most {MOST_MB:,}",
+        )
         check(self.block_size >= 2, "--block-size", self.block_size, "give at least 2 tokens")
         check(
-            self.vocab_size >= 257,
+            257 <= self.vocab_size <= MOST_TOKENS,
             "--vocab-size",
             self.vocab_size,
-            "give at least 257 (256 bytes and the end-of-text token)",
+            f"give 257 (256 bytes and the end-of-text token) to {MOST_TOKENS:,}",
         )
         check(
             self.split_seed is None or 0 <= self.split_seed < 2**31,

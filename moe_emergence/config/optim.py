@@ -5,6 +5,9 @@ from typing import Literal
 
 from moe_emergence.settings import check
 
+MOST = 10**9
+"""Steps, and sequences of a step, that anybody waits for."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -63,6 +66,7 @@ class OptimConfig:
             ("--pretrain-steps", self.pretrain_steps, 0),
         ):
             check(steps >= least, flag, steps, f"give at least {least}")
+            check(steps <= MOST, flag, steps, f"give at most {MOST:,}")
         after = self.freeze_router_after
         check(after is None or after >= 0, "--freeze-router-after", after, "give 0 or more")
         for flag, value in (

@@ -14,6 +14,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from moe_emergence.models.families import Family, family_of
 from moe_emergence.models.llama import MixtureForCausalLM
 from moe_emergence.models.modeling import MoEGPT2LMHeadModel
+from moe_emergence.models.room import check_fits
 from moe_emergence.moe import TopKRouter
 from moe_emergence.moe.routing import RouterKind, Top1Weight
 
@@ -69,7 +70,8 @@ def upcycle(
         lb_coef, z_coef, variance_coef: weights of the auxiliary losses in the output's `loss`.
 
     Raises:
-        ValueError: for layers outside the model, a bad top_k or pool_size, or any other model.
+        ValueError: for layers outside the model, a bad top_k or pool_size, more weights than this
+            machine has memory for, or any other model.
     """
     family, dense = family_of(dense_model), dense_model.config
     inherited = {k: v for k, v in dense.to_dict().items() if k not in _OWN_KEYS}
@@ -91,6 +93,7 @@ def upcycle(
         z_coef=z_coef,
         variance_coef=variance_coef,
     )
+    check_fits("--num-experts", num_experts, family.mixture, config)
     model = family.mixture(config)
     torch.nn.Module.to(model, dense_model.device, dense_model.dtype)
     _take_after(model, dense_model, family)

@@ -13,6 +13,7 @@ from moe_emergence.domain_fractions import read_domain_fractions
 from moe_emergence.interrupt import interrupted_code
 from moe_emergence.run_folder import RunFolder
 from moe_emergence.training.experiment import ExperimentResult, run_experiment
+from moe_emergence.training.memory import explained
 from moe_emergence.training.next_commands import commands_to_look, resume_command
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def train(config: RunConfig, argv: list[str]) -> int:
     """
     try:
         begin()
-        result = run_experiment(config)
+        with explained():
+            result = run_experiment(config)
         if result.is_main_process:
             _report(config, result, argv)
     except KeyboardInterrupt:

@@ -1,8 +1,14 @@
-"""Freed memory stays with the process, so that a step does not pay for fresh pages again."""
+"""Memory: freed pages stay with the process, and what to change where there is not enough."""
 
 import ctypes
 import logging
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from moe_emergence.errors import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -24,3 +30,19 @@ def keep_freed_memory() -> bool:
     if not kept:
         logger.info("mallopt refused: steps will pay for fresh memory")
     return kept
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what is raised within for want of memory into a `RunError` that says what to change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lacking = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        # what PyTorch's allocator for the CPU says is a plain RuntimeError
+        if not lacking and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise RunError(
+            "out of memory; lower --batch-size and raise --grad-accum-steps, lower --block-size, "
+            "or give a smaller model or fewer --num-experts. What was saved before is untouched"
+        ) from error

@@ -4,13 +4,18 @@ import contextlib
 import io
 import json
 import math
+import resource
+import sys
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import example, given
+from conftest import flags_of, tiny
+from hypothesis import event, example, given, reject
 from hypothesis import strategies as st
 from mutated import changed, command_lines, is_sentence, often
+from warm_commands import WarmCommand
 
 from moe_emergence.analysis.settings import AnalyzeConfig
 from moe_emergence.command import parse, run
@@ -95,6 +100,61 @@ def test_fuzz_command_lines(name: str) -> None:
             assert plain(config)
 
     check()
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 5, 2**31 - 1, 2**31, 2**40, 2**62])
+RATES = st.sampled_from([0.0, 1e-320, 1e-30, 0.5, 1.0, 3.0, 1e30, 1e308])
+"""Little takes no time, and so much never fits: nothing between them."""
+
+
+@st.composite
+def extremes(draw: st.DrawFn, config: RunConfig) -> RunConfig:
+    """Like `config`, which trains for a few steps, with one to three numbers at their limits."""
+    values = to_dict(config)
+    groups = [values["model"], values["data"], values["optim"], values["monitor"], values]
+    places = [
+        (group, name) for group in groups for name, value in group.items()
+        if type(value) in (int, float, bool) and name not in ("pretrain_steps", "debug", "autotune")
+    ]  # fmt: skip
+    for _ in range(draw(st.integers(1, 3))):
+        group, name = draw(st.sampled_from(places))
+        kind = type(group[name])
+        group[name] = draw({int: SIZES, float: RATES, bool: st.booleans()}[kind])
+        if name == "max_steps":
+            values["stop_after"] = 2
+    try:
+        return from_dict(RunConfig, values)
+    except ValueError:
+        return reject()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by prlimit")
+@often(6, 100)
+@given(data=st.data())
+def test_fuzz_extreme_runs(
+    data: st.DataObject,
+    data_folder: Path,
+    cache_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """A run of extreme numbers trains, or ends with a sentence, in 4 GB and two minutes."""
+    where = tmp_path_factory.mktemp("run")
+    config = data.draw(extremes(tiny(data_folder, cache_folder, where)))
+    said = where / "stderr.txt"
+    flags = ("-m", "moe_emergence.train", *flags_of(config))
+    command = WarmCommand(flags, where, where / "stdout.txt", said)
+    resource.prlimit(command.pid, resource.RLIMIT_DATA, (4 * 2**30, 4 * 2**30))
+    code = command.wait(120)
+    command.terminate()
+    errors = [line for line in said.read_text().splitlines() if line.startswith("error: ")]
+    assert code in (0, 1, 2), said.read_text()
+    event(f"exit code {code}")
+    assert len(errors) == (code != 0), said.read_text()
+    assert "Traceback" not in said.read_text()
+    for line in errors:
+        assert "--" in line, line
+    assert not list(where.rglob("*.tmp")), "left behind"
 
 
 SAVED = st.sampled_from(sorted(PRESETS)).map(lambda name: to_dict(get_preset(name)))
