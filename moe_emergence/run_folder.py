@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_emergence.config import RunConfig
 from moe_emergence.disk import append, write_text
+from moe_emergence.settings import from_dict
 
 STAGES = {
     "base": "dense base",
@@ -110,11 +112,24 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: holds {type(values).__name__}, not a JSON object")
     return values
+
+
+def read_config(path: Path, values: dict[str, Any] | None = None) -> RunConfig:
+    """The settings of a run in the file `path`, or `values` that were read from it.
+
+    Raises:
+        ValueError: naming the file, for what is no such settings.
+    """
+    found = read_json(path) if values is None else values
+    try:
+        return from_dict(RunConfig, found)
+    except ValueError as error:
+        raise ValueError(f"{path}: not the settings of a run, {error}") from error
 
 
 class MetricsWriter:
@@ -139,13 +154,23 @@ def _lines(rows: list[dict[str, Any]]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All rows of a `metrics.jsonl`, without a last line that was cut off."""
+    """All rows of a `metrics.jsonl`, without a last line that was cut off.
+
+    Raises:
+        ValueError: naming the line, for what is no object of numbers with its `step`.
+    """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path} line {number}: not JSON ({error})") from error
+            row = json.loads(line)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                raise ValueError("no object with its step")
+            for name, value in row.items():
+                if not isinstance(value, (int, float)):
+                    raise ValueError(f"{name} is {type(value).__name__}, no number")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} line {number}: not a row of metrics ({error})") from error
+        rows.append(row)
     return rows
 
 

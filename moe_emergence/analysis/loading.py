@@ -50,18 +50,12 @@ def load_model(place: str, placement: Placement) -> tuple[Any, "PreTrainedTokeni
         spread = {"device_map": "auto"} if placement.device == SPREAD else {}
         model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **spread)
         tokenizer = AutoTokenizer.from_pretrained(place)
-<<<<<<< HEAD
     except pickle.UnpicklingError as error:  # whose own advice is to run what is in there
         raise ValueError(
             f"SOURCE {place}: its weights are a pickle of more than tensors, which could run any "
             "code; give a model with safetensors"
         ) from error
-    except (OSError, KeyError) as error:
-        raise ValueError(_not_loaded(place, error)) from error
-    except ValueError as error:
-=======
     except Exception as error:  # a damaged file fails in as many ways as there are fields in it
->>>>>>> 0a64453 (wip room)
         if str(error).startswith("SOURCE"):
             raise
         raise ValueError(_not_loaded(place, error)) from error

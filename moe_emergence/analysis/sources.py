@@ -12,8 +12,8 @@ from moe_emergence.config import DataConfig, RunConfig, TokenClass
 from moe_emergence.config.data import token_classes
 from moe_emergence.data import PreparedData, prepare_data
 from moe_emergence.data.manifest import entry
-from moe_emergence.run_folder import TRAINER_ROUTING, RunFolder, read_json
-from moe_emergence.settings import check, from_dict
+from moe_emergence.run_folder import TRAINER_ROUTING, RunFolder, read_config, read_json
+from moe_emergence.settings import check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def open_source(place: str, name: str, placement: Placement) -> Source:
     run = RunFolder(root)
     if run.config.is_file() and (run.metrics.is_file() or run.checkpoints.is_dir()):
         folder, step = _model_of(run)
-        config = _run_config(run)
+        config = read_config(run.config)
         model, tokenizer = load_model(str(folder), placement)
         return Source(name, str(folder), "run", model, tokenizer, run, config, step, run.metrics)
     if (root / TRAINER_ROUTING).is_file():
@@ -181,13 +181,6 @@ def sees(model: Any) -> int | None:
     names = ("n_positions", "max_position_embeddings")
     found = (getattr(model.config, name, None) for name in names)
     return next((int(one) for one in found if one), None)
-
-
-def _run_config(run: RunFolder) -> RunConfig:
-    try:
-        return from_dict(RunConfig, read_json(run.config))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"SOURCE {run.root}: its config.json cannot be read ({error})") from error
 
 
 def _model_of_trainer(root: Path) -> tuple[Path, int | None]:

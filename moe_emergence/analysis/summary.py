@@ -10,7 +10,14 @@ from rich.table import Table
 from moe_emergence.analysis.information import mutual_information
 from moe_emergence.config.data import ALL
 from moe_emergence.domain_fractions import read_domain_fractions
-from moe_emergence.run_folder import STAGES, RunFolder, losses_by_domain, read_json, read_metrics
+from moe_emergence.run_folder import (
+    STAGES,
+    RunFolder,
+    losses_by_domain,
+    read_config,
+    read_json,
+    read_metrics,
+)
 from moe_emergence.terminal import Console
 
 
@@ -55,7 +62,7 @@ def comparison_table(runs: Mapping[str, RunFolder]) -> Table:
 
 def _evaluated_on(run: RunFolder) -> str | None:
     """What the losses are of, since analyze reads more and gives another one."""
-    blocks = read_json(run.config)["monitor"]["eval_blocks"] if run.config.is_file() else 0
+    blocks = read_config(run.config).monitor.eval_blocks if run.config.is_file() else 0
     if not blocks:
         return None
     return f"of {blocks} blocks of each domain (--eval-blocks); analyze reads up to --max-tokens"

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -27,13 +27,16 @@ _SHIPPED_CLASSES: tuple[TokenClass, ...] = ("python", "math", "words")
 def token_classes_of(manifest: Mapping[str, Any]) -> dict[str, TokenClass]:
     """The domains of a manifest, in order, and how the tokens of each are told apart.
 
-    Manifests that do not say are of times when all text was code, math or prose.
+    Manifests that do not say are of times when all text was code, math or prose. Raises
+    `ValueError` for what is no such manifest.
     """
     usual: dict[str, TokenClass] = dict(zip(SHIPPED, _SHIPPED_CLASSES, strict=True))
     found = {}
     for domain, entry in manifest["domains"].items():
         said: TokenClass | None = entry.get("token_types")
         found[domain] = said or usual.get(domain, "none")
+        if found[domain] not in get_args(TokenClass):
+            raise ValueError(f"token_types of {domain} is {said!r}")
     return found
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe_emergence.config import DataConfig, TokenClass
-from moe_emergence.config.data import token_classes
+from moe_emergence.config.data import check_domain_names, token_classes
 from moe_emergence.data.manifest import hash_blocks, token_classes_of
 from moe_emergence.data.tokenizer import folder_tokenizer, hash_tokenizer
 from moe_emergence.disk import whole_file, whole_folder, write_text
@@ -89,7 +88,9 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
             for domain in manifest["domains"]
         }
         tokenizer_hash = manifest["tokenizer"]["sha256"]
-    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        classes = token_classes_of(manifest) | token_classes(config.token_types)
+        check_domain_names(tuple(classes), f"{MANIFEST}: domain")
+    except Exception as error:  # damaged files fail in as many ways as there are fields in them
         raise ValueError(f"--data {folder}: damaged ({reason(error)}); {again}") from error
     for flag, name, value in (
         ("--block-size", "block_size", config.block_size),
@@ -112,6 +113,14 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
         folder,
         f"the tokenizer is not that of {MANIFEST}; {again}",
     )
+    fit = all(
+        rows.dim() == 2
+        and rows.shape[1] == config.block_size
+        and len(rows)
+        and 0 <= int(rows.min()) <= int(rows.max()) < len(tokenizer)
+        for rows in blocks.values()
+    )
+    check(fit, "--data", folder, f"{BLOCKS} has other than blocks of tokens; {again}")
 
     domains = config.domains or tuple(manifest["domains"])
     unknown = [domain for domain in domains if domain not in manifest["domains"]]
@@ -121,7 +130,6 @@ def load_prepared(config: DataConfig, seed: int) -> PreparedData:
         " ".join(unknown),
         f"{folder} has {', '.join(manifest['domains'])}; choose from these",
     )
-    classes = token_classes_of(manifest) | token_classes(config.token_types)
     entries = {d: manifest["domains"][d] | {"token_types": classes[d]} for d in domains}
 
     def of(split: str) -> dict[str, torch.Tensor]:

@@ -15,14 +15,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
-from moe_emergence.config import RunConfig
 from moe_emergence.disk import make_folder, named, remove_file, remove_folder
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.live import LiveTable
 from moe_emergence.experiments.plan import PlannedRun
 from moe_emergence.interrupt import StopRequest, finishing, was_interrupted
-from moe_emergence.run_folder import read_json, write_json
-from moe_emergence.settings import from_dict, to_dict
+from moe_emergence.run_folder import read_config, read_json, write_json
+from moe_emergence.settings import to_dict
 from moe_emergence.training.resume import check_same_run
 
 logger = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def is_complete(planned: PlannedRun) -> bool:
     """
     run = planned.run
     if run.config.exists():
-        saved = from_dict(RunConfig, read_json(run.config))
+        saved = read_config(run.config)
         if planned.needs_base:
             # it is the suite's own; a suite's folder may be moved, and be named from elsewhere
             model = replace(saved.model, base=planned.config.model.base)

@@ -26,8 +26,7 @@ from moe_emergence.entry import enter
 from moe_emergence.interrupt import interrupted_code
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.loading import load_trained_model
-from moe_emergence.run_folder import RunFolder, read_json
-from moe_emergence.settings import from_dict
+from moe_emergence.run_folder import RunFolder, read_config
 from moe_emergence.training.experiment import run_experiment
 
 logger = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def main(argv: list[str]) -> int:
         stop_with(options.parent)
     if options.threads:
         torch.set_num_threads(options.threads)
-    config = from_dict(RunConfig, read_json(options.config))
+    config = read_config(options.config)
     result = run_experiment(config)
     if result.stopped_by_signal:
         return interrupted_code(result.stopped_by_signal)

@@ -8,6 +8,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
 from moe_emergence.disk import write_text
 from moe_emergence.moe.experts import Experts
+from moe_emergence.names import DispatchName
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,9 @@ def load_table(path: Path) -> TuningTable:
         entries = {TuningKey(**row["key"]): TuningEntry(**row["entry"]) for row in rows}
         for entry in entries.values():
             GemmPlan.decode(entry.plan)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+            if entry.dispatch not in get_args(DispatchName):
+                raise ValueError(f"dispatch {entry.dispatch!r}")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         logger.warning("%s: not a tuning table (%s); using the defaults", path, error)
         return TuningTable({})
     return TuningTable(entries)

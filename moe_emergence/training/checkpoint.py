@@ -118,6 +118,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             f"--resume {path}: the checkpoint is torn, {MANIFEST} lacks "
             f"{', '.join(sorted(lacking))}"
         )
+    _check_types(path, manifest)
     for name, digest in manifest["files"].items():
         if not (path / name).is_file():
             raise ValueError(f"--resume {path}: the checkpoint is torn, {name} is missing")
@@ -140,6 +141,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
         manifest["data_manifest"],
         trainer_state,
     )
+
+
+def _check_types(path: Path, manifest: dict[str, Any]) -> None:
+    """Refuse a manifest with values of other types than `save_checkpoint` writes."""
+    progress = manifest["progress"]
+    values = {**progress, **manifest} if isinstance(progress, dict) else manifest
+    number = (int, float)
+    kinds: dict[str, type | tuple[type, ...]] = {
+        "step": int,
+        "progress": dict,
+        "config": dict,
+        "data_manifest": dict,
+        "files": dict,
+        "best_eval_lm_loss": (*number, type(None)),
+        "collapse_streaks": dict,
+        "train_seconds": number,
+        "wall_seconds": number,
+        "tokens_per_step": int,
+    }
+    for name, types in kinds.items():
+        if name not in values or not isinstance(values[name], types):
+            raise ValueError(
+                f"--resume {path}: the checkpoint is torn, {name} in {MANIFEST} is not what is "
+                "written there; resume from an older one"
+            )
 
 
 def newest_checkpoint(run: RunFolder) -> Checkpoint | None:

@@ -25,10 +25,10 @@ from moe_emergence.models.loading import (
     load_trained_model,
 )
 from moe_emergence.moe import get_dispatcher
-from moe_emergence.run_folder import STAGES, RunFolder, read_json, write_json
+from moe_emergence.run_folder import STAGES, RunFolder, read_config, read_json, write_json
 from moe_emergence.run_lock import locked
 from moe_emergence.settings import check, from_dict, to_dict
-from moe_emergence.training.checkpoint import Checkpoint, recover_folders
+from moe_emergence.training.checkpoint import MANIFEST, Checkpoint, recover_folders
 from moe_emergence.training.environment import describe_environment, make_accelerator
 from moe_emergence.training.graph import check_can_capture, dispatch_of
 from moe_emergence.training.memory import keep_freed_memory
@@ -120,9 +120,9 @@ def _run_stages(config: RunConfig, run: RunFolder, accelerator: Accelerator) -> 
 
 def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint | None) -> None:
     if checkpoint is not None:
-        check_same_run(from_dict(RunConfig, checkpoint.config), config)
+        check_same_run(read_config(checkpoint.path / MANIFEST, checkpoint.config), config)
     elif run.config.exists():
-        check_same_run(from_dict(RunConfig, read_json(run.config)), config)
+        check_same_run(read_config(run.config), config)
     done = checkpoint.step if checkpoint else 0
     check(
         config.stop_after is None or config.stop_after > done,
@@ -157,7 +157,8 @@ def _run_stage(
     if checkpoint is not None:
         now = tokens_per_step(config, accelerator.num_processes)
         then = checkpoint.progress["tokens_per_step"]
-        check_same_run(from_dict(RunConfig, checkpoint.config), config, (then, now))
+        saved = read_config(checkpoint.path / MANIFEST, checkpoint.config)
+        check_same_run(saved, config, (then, now))
     finished = _finished(run)
     step = None if checkpoint is None else checkpoint.step
     check_alike(accelerator, f"--output-dir {config.output_dir}", (step, finished))
@@ -188,8 +189,8 @@ def _finished(run: RunFolder) -> RunSummary | None:
         return None
     values = read_json(run.summary)
     try:
-        summary = RunSummary(**values)
-    except TypeError as error:
+        summary = from_dict(RunSummary, values)
+    except ValueError as error:
         raise ValueError(f"{run.summary}: not the summary of a run ({error}); delete it") from error
     return summary if summary.status in ("completed", "collapsed") else None
 

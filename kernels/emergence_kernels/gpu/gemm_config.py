@@ -10,6 +10,8 @@ import torch
 
 Product = Literal["up", "down", "activation_grad", "input_grad", "weight_grad"]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
+_LARGEST = 1024
+"""More than any tile, group, pipeline or number of warps."""
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,16 @@ class GemmPlan:
             ValueError: for anything else.
         """
         try:
-            return GemmPlan(
+            plan = GemmPlan(
                 **{name: GemmConfig(**config) for name, config in json.loads(text).items()}
             )
-        except (TypeError, AttributeError, json.JSONDecodeError) as error:
+            for config in vars(plan).values():
+                for field in dataclasses.fields(GemmConfig):
+                    value = getattr(config, field.name)
+                    if type(value) is not field.type or not (0 <= value <= _LARGEST):
+                        raise TypeError(f"{field.name} {value!r}")
+            return plan
+        except (TypeError, AttributeError, AssertionError, RecursionError, ValueError) as error:
             raise ValueError(f"not a plan of the five products: {error}") from error
 
 
