@@ -137,7 +137,7 @@ OPTIONS = st.just({}) | st.fixed_dictionaries(
 )
 
 
-@often(150, 500)
+@often(100, 500)
 @given(entries=st.lists(files(), max_size=4), options=OPTIONS, single=st.booleans())
 @example(entries=[("code.jsonl", "pipe")], options={}, single=True)
 @example(entries=[("code/a.jsonl", "device")], options={}, single=False)
@@ -185,7 +185,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-@often(60, 200)
+@often(30, 200)
 @given(data=st.data())
 def test_fuzz_saved_data_sets(
     data: st.DataObject, saved: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory

@@ -104,7 +104,7 @@ def run(config: RunConfig) -> Path:
 RUN_FILES = ["config.json", "data_manifest.json", "metrics.jsonl", "run_summary.json"]
 
 
-@often(20, 200)
+@often(5, 200)
 @given(data=st.data())
 def test_fuzz_runs_to_resume(
     data: st.DataObject, run: Path, config: RunConfig, fresh: Folder
@@ -123,7 +123,7 @@ def test_fuzz_runs_to_resume(
     answered(resume)
 
 
-@often(30, 200)
+@often(8, 200)
 @given(data=st.data())
 def test_fuzz_runs_to_analyse(
     data: st.DataObject, run: Path, config: RunConfig, fresh: Folder
@@ -146,7 +146,7 @@ MODEL_FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_
                "generation_config.json"]  # fmt: skip
 
 
-@often(40, 300)
+@often(8, 300)
 @given(data=st.data())
 def test_fuzz_models_to_generate_with(data: st.DataObject, run: Path, fresh: Folder) -> None:
     folder = damaged_copy(data, run / "final-model", fresh(), MODEL_FILES)
@@ -154,7 +154,7 @@ def test_fuzz_models_to_generate_with(data: st.DataObject, run: Path, fresh: Fol
     answered(lambda: generate.main([*flags, "--show-routing"]))
 
 
-@often(40, 300)
+@often(8, 300)
 @given(data=st.data())
 def test_fuzz_bases(data: st.DataObject, run: Path, fresh: Folder, cache_folder: Path) -> None:
     """`--base` a dense model whose files, or whose tokenizer's, are damaged."""
@@ -169,7 +169,7 @@ def test_fuzz_bases(data: st.DataObject, run: Path, fresh: Folder, cache_folder:
     answered(load)
 
 
-@often(40, 300)
+@often(15, 300)
 @given(data=st.data())
 def test_fuzz_prepared_data(
     data: st.DataObject, prepared: Path, config: RunConfig, fresh: Folder
@@ -203,7 +203,7 @@ def toml(value: Any) -> str:
     return json.dumps(value)
 
 
-@often(60, 500)
+@often(30, 500)
 @given(data=st.data())
 def test_fuzz_suites(data: st.DataObject, fresh: Folder) -> None:
     text = data.draw(st.sampled_from(sorted(SUITES.glob("*.toml")))).read_text("utf-8")
@@ -228,7 +228,7 @@ def suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_suite(tmp_path_factory.mktemp("suite") / "suite", PLANS[:2], (0, 1))
 
 
-@often(60, 300)
+@often(20, 300)
 @given(data=st.data())
 def test_fuzz_suite_folders(data: st.DataObject, suite: Path, fresh: Folder) -> None:
     """What `suite report` reads of the runs, one of which is damaged."""
@@ -243,7 +243,7 @@ def test_fuzz_suite_folders(data: st.DataObject, suite: Path, fresh: Folder) -> 
     answered(read)
 
 
-@often(60, 300)
+@often(30, 300)
 @given(data=st.data())
 def test_fuzz_routing_records(data: st.DataObject, suite: Path, fresh: Folder) -> None:
     path = fresh().with_suffix(".npz")
@@ -254,7 +254,7 @@ def test_fuzz_routing_records(data: st.DataObject, suite: Path, fresh: Folder) -
 KEY = TuningKey("float32", 16, 64, 4, 1, "gelu_tanh", 128)
 
 
-@often(60, 300)
+@often(30, 300)
 @given(data=st.data())
 def test_fuzz_tuning_tables(data: st.DataObject, fresh: Folder) -> None:
     """A table that is no table is passed over; one that is read can be used."""

@@ -130,7 +130,7 @@ def extremes(draw: st.DrawFn, config: RunConfig) -> RunConfig:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is limited by prlimit")
-@often(6, 100)
+@often(3, 100)
 @given(data=st.data())
 def test_fuzz_extreme_runs(
     data: st.DataObject,
