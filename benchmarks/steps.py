@@ -4,7 +4,7 @@ Letters: A micro-batches, B sequences in one, L tokens in a sequence.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -57,14 +57,11 @@ class OneProcess:
     device: torch.device
     num_processes: int = 1
     process_index: int = 0
+    scaler: None = None
 
     def backward(self, loss: Tensor) -> None:
         """Of this process."""
         loss.backward()
-
-    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """As torch does."""
-        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def no_sync(self, model: torch.nn.Module) -> contextlib.AbstractContextManager[None]:
         """There is nobody to wait for."""

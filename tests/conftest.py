@@ -38,7 +38,10 @@ KERNEL_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """Where the Triton kernels run under test: on the GPU, or on CPU tensors in the interpreter."""
 
 
-settings.register_profile("long", print_blob=True)
+# a busy machine is not a slow test
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
+settings.register_profile("long", settings.get_profile("tests"), print_blob=True)
 """What the tests in faults/ take for more examples, see `mutated.often`."""
 
 

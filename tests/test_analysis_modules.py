@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -139,7 +139,6 @@ def test_fewer_blocks_are_taken_evenly_apart_and_keep_their_documents(
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 2), st.integers(0, 99))
-@settings(deadline=None)
 def test_rivals_are_other_sets_of_that_size_and_near_in_load(
     experts: int, layers: int, size: int, seed: int
 ) -> None:

@@ -101,7 +101,7 @@ def test_routing_by_token_id_is_told_by_it() -> None:
     assert (top["token"] == top["token_id"].astype(str)).all()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 10**6), k=st.integers(1, 2), batch=st.integers(1, 5))
 def test_any_split_into_batches_gives_the_same_tables(seed: int, k: int, batch: int) -> None:
     experts, ids = random_decisions(seed, k)

@@ -77,7 +77,7 @@ def test_every_split_of_a_step_sees_the_same_rows_in_the_same_order(rows_per_ste
 @given(
     st.tuples(*[st.integers(1, 6)] * 3), st.integers(1, 20), st.integers(0, 9), st.integers(0, 99)
 )
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_every_pass_holds_every_row_once(counts, rows_per_step, seed, skip) -> None:
     total = sum(counts)
     steps = 3 * total // rows_per_step + 1
@@ -98,7 +98,7 @@ def test_the_seed_changes_the_order() -> None:
 
 
 @given(st.integers(0, 12), st.integers(0, 12), st.sampled_from(splits_of(4)))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_resume_at_any_step_with_any_split_is_the_same_as_never_stopping(
     first, second, split
 ) -> None:

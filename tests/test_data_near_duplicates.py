@@ -43,7 +43,7 @@ def edited(text: str, *places: int) -> str:
     return " ".join(words)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.sets(st.integers(0, 79), max_size=4)), max_size=12),
     st.sets(st.integers(0, 5), max_size=4),

@@ -50,7 +50,7 @@ NAMES = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=8)
 
 
 @given(names=st.lists(NAMES, min_size=1, max_size=12, unique_by=str.casefold), draw=st.randoms())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_folder_has_the_domains_it_has_and_gives_those_that_are_chosen(
     names: list[str], draw: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

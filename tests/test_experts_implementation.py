@@ -143,7 +143,7 @@ def random_experts(family: str, seed: int = 0):
 
 
 @given(st.sampled_from([FUSED, BETWEEN, "nemotron_h"]), st.integers(0, 999), st.integers(0, 12))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_experts_that_are_elsewhere_add_nothing(family, seed, tokens) -> None:
     """An id of E has weight 0, as transformers gives it; its gradient is 0 and nothing is NaN."""
     experts = random_experts(family)

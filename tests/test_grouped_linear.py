@@ -41,7 +41,7 @@ def both_ways(x, w, b, offsets, dy):
 
 
 @given(group_sizes(), WIDTHS, WIDTHS, st.booleans(), st.booleans(), st.sampled_from([0, 0, 1, 19]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_it_is_its_twin(sizes, inner, outer, transposed, bias, absent) -> None:
     case = make(sizes, inner, outer, transposed, absent, bias=bias)
     with poisoned_empty():
@@ -53,7 +53,7 @@ def test_it_is_its_twin(sizes, inner, outer, transposed, bias, absent) -> None:
 
 
 @given(group_sizes(), WIDTHS, WIDTHS, st.booleans(), plans(), st.sampled_from([0, 0, 1, 19]))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_its_kernels_are_its_twin(sizes, inner, outer, transposed, plan, absent) -> None:
     pytest.importorskip("triton")
     from emergence_kernels.gpu import grouped_linear as kernels

@@ -40,7 +40,7 @@ def batch_plans() -> st.SearchStrategy[BatchPlan]:
 
 
 @given(shapes(True), batch_plans(), st.integers(0, 999))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_cut_gives_what_the_twin_gives(shape, plan, seed) -> None:
     case = make_case(shape, seed=seed)
     with poisoned_empty(guarded=True):
@@ -68,7 +68,7 @@ def test_padding_costs_no_accuracy(dtype) -> None:
 
 
 @given(shapes(True), st.lists(st.booleans(), min_size=6, max_size=6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_only_what_is_wanted_is_computed(shape, wanted) -> None:
     case = make_case(shape)
     everything = all_in_one(case)
@@ -105,7 +105,6 @@ def test_batches_hold_every_expert_with_rows_once(sizes, plan, row_flops) -> Non
 
 
 @given(shapes(True), batch_plans())
-@settings(deadline=None)
 def test_a_layout_brings_every_row_to_its_expert_and_back(shape, plan) -> None:
     case = make_case(shape)
     permutation = case.permutation

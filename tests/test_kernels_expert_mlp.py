@@ -46,7 +46,7 @@ LAYOUTS = ("contiguous", "rows apart", "transposed", "strided", "expanded")
 @given(
     shapes(True), plans(), st.integers(0, 999), st.sampled_from(LAYOUTS), st.sampled_from(LAYOUTS)
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_every_shape_plan_and_layout_gives_what_the_twin_gives(
     shape, plan, seed, x_layout, dy_layout
 ) -> None:

@@ -40,7 +40,7 @@ def is_tf32(x: Tensor) -> bool:
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=40))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_number_becomes_the_nearest(values: list[float]) -> None:
     x = torch.tensor(values, device=KERNEL_DEVICE)
     torch.testing.assert_close(as_factor(x, "tf32"), nearest(x), rtol=0, atol=0, equal_nan=True)

@@ -83,7 +83,7 @@ class TestActivationGradient:
         return found
 
     @given(shapes())
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     def test_any_shape(self, shape) -> None:
         self.run_and_check(shape)
 
@@ -179,7 +179,7 @@ class TestOutputBiasGradient:
         check(dscale.sum(0), (dy * bias).sum(1))
 
     @given(shapes())
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=10)
     def test_any_shape(self, shape) -> None:
         self.run_and_check(dataclasses.replace(shape, biases=(True, True)))
 
@@ -230,7 +230,7 @@ def routing_weight_gradient(
 
 class TestSums:
     @given(shapes(), st.integers(0, 3), st.booleans(), st.booleans())
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     def test_all_at_once_are_each_alone(self, shape, bias_tiles, has_b1, has_b2) -> None:
         """Blocks of one part do not reach into another's."""
         case = make_case(shape)
@@ -259,7 +259,7 @@ class TestSums:
 
 class TestSumOfTiles:
     @given(group_sizes(), st.sampled_from([1, 5, 130]))
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     def test_tiles_of_any_groups(self, sizes, width) -> None:
         """Tiles beyond the needed ones are unwritten memory."""
         sizes = [5 * size for size in sizes]
@@ -291,7 +291,7 @@ class TestSumOfTiles:
 
 class TestRoutingWeightGradient:
     @given(st.integers(0, 300), st.integers(1, 3), st.sampled_from([1, 4, 32, 65]), st.booleans())
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     def test_shares_of_tiles_and_of_the_bias_are_added(self, tokens, top_k, tiles, bias) -> None:
         case = make_case(Shape(tokens, 1, 1, 3, top_k))
         rows = tokens * top_k

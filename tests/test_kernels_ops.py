@@ -55,7 +55,7 @@ def chosen_experts(draw) -> tuple[torch.Tensor, int]:
 
 class TestSortByExpert:
     @given(chosen_experts(), st.booleans())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_it_equals_its_twin_and_keeps_its_invariants(self, routing, transposed) -> None:
         chosen, experts = routing
         if transposed:
@@ -89,7 +89,7 @@ class TestSortByExpert:
 
     @given(chosen_experts(), st.integers(2, 5))
     @example((torch.arange(600)[:, None] * 7 % 5, 6), 2)  # pieces of which some have no slots
-    @settings(max_examples=25, deadline=None)
+    @settings(max_examples=25)
     def test_blocks_of_several_pieces_equal_the_plain_path(self, routing, most_blocks) -> None:
         """Pieces of 16 slots and at most five blocks: a few slots are as millions otherwise."""
         pytest.importorskip("triton")
@@ -107,7 +107,7 @@ class TestSortByExpert:
 
 class TestGroupedProducts:
     @given(GROUPS, WIDTHS, WIDTHS, st.booleans(), st.booleans())
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_products_and_their_gradients_match_the_twin(
         self, sizes, inner, outer, bias, transposed
     ) -> None:
@@ -129,7 +129,7 @@ class TestGroupedProducts:
                 close(grouped_sum(dy_SO, offsets), gradients[2])
 
     @given(GROUPS, WIDTHS)
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     def test_rows_of_experts_and_grouped_sum_match_a_loop(self, sizes, width) -> None:
         offsets, rows = offsets_of(sizes), sum(sizes)
         table = randn(len(sizes), width)
@@ -190,7 +190,7 @@ def mlp_cases(draw):
 
 class TestExpertMLP:
     @given(mlp_cases())
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60)
     def test_it_equals_its_twin_in_value_and_every_gradient(self, case) -> None:
         chosen, experts, hidden, width, activation, (bias1, bias2) = case
         tokens, top_k = chosen.shape

@@ -103,7 +103,7 @@ def _coverage_kernel(
 @example([0, 0, 0], 16)  # S = 0
 @example([0, 40, 0, 0, 0], 16)  # one expert takes all
 @example([1, 1, 1, 1, 1, 1], 4)  # as many tiles as rows; E is not a power of two
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_tiles_cover_every_row_once_within_the_bound(sizes, block_m) -> None:
     rows, offsets = sum(sizes), offsets_of(sizes)
     bound = tile_bound(rows, len(sizes), block_m)
@@ -124,7 +124,7 @@ def test_tiles_cover_every_row_once_within_the_bound(sizes, block_m) -> None:
     st.lists(st.integers(0, 200), min_size=1, max_size=70),
     st.sampled_from([16, 32, 64, 128, 256]),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tile_bound_holds_for_every_routing(sizes, block_m) -> None:
     needed = sum(-(-size // block_m) for size in sizes)
     assert needed <= tile_bound(sum(sizes), len(sizes), block_m)

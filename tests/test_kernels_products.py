@@ -94,7 +94,7 @@ class TestGather:
         st.sampled_from([torch.float32, torch.float16]),
         st.sampled_from(["contiguous", "rows apart", "expanded"]),
     )
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     def test_any_rows(self, tokens, hidden, top_k, dtype, layout) -> None:
         self.run_and_check(Shape(tokens, hidden, 1, 4, top_k), dtype, layout)
 
@@ -119,7 +119,7 @@ class TestUpProjection:
         check(act, activate(exact, case.activation))
 
     @given(shapes(), any_configs())
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=10)
     def test_any_shape(self, shape, config) -> None:
         self.run_and_check(make_case(shape), config)
 
@@ -184,7 +184,7 @@ class TestRowProduct:
         self.run_and_check([5, 9], 520, 16, config, False, True)
 
     @given(group_sizes(), WIDTHS, WIDTHS, any_configs(), st.booleans(), st.booleans())
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     def test_any_groups(self, sizes, inner, outer, config, transposed, bias) -> None:
         self.run_and_check(sizes, inner, outer, config, transposed, bias)
 
@@ -227,7 +227,7 @@ class TestCombine:
     @given(
         st.integers(0, 20), st.sampled_from([1, 5, 16, 24, 1100]), st.integers(1, 4), st.booleans()
     )
-    @settings(max_examples=10, deadline=None)
+    @settings(max_examples=10)
     def test_any_rows(self, tokens, hidden, top_k, weighted) -> None:
         case = make_case(Shape(tokens, 1, 1, 4, top_k))
         rows = surrounded(randn(tokens * top_k, hidden, dtype=FP32))
@@ -264,7 +264,7 @@ class TestWeightGradient:
             assert size or (dw[e] == 0).all()
 
     @given(group_sizes(), WIDTHS, WIDTHS, any_configs())
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=12)
     def test_any_groups(self, sizes, inner, outer, config) -> None:
         self.run_and_check(sizes, inner, outer, config)
 

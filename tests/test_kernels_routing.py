@@ -107,7 +107,7 @@ def upstream_of(case) -> dict[str, torch.Tensor]:
 
 
 @given(cases())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_route_equals_its_twin_in_value_and_gradient(case) -> None:
     upstream = upstream_of(case)
     theirs, expected = gradient_of(reference.route, case, upstream)
@@ -120,7 +120,7 @@ def test_route_equals_its_twin_in_value_and_gradient(case) -> None:
 
 
 @given(cases())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_kernels_equal_the_twin(case) -> None:
     """Forward against fp64 on the experts that the kernel chose (a near-tie may fall either way,
     and then both must be best), backward on the forward's own results."""
@@ -242,7 +242,7 @@ def kernel_sort(chosen: torch.Tensor, experts: int) -> list[torch.Tensor]:
     st.sampled_from(["random", "same", "few"]),
     st.integers(0, 1000),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_counting_sort_equals_the_twin(experts, data, tokens, kind, seed) -> None:
     top_k = data.draw(st.integers(1, experts))
     scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(seed))

@@ -220,7 +220,7 @@ WANTED = {
 
 
 @given(cases())
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 def test_fused_equals_sequential_in_output_and_every_gradient(case) -> None:
     experts = make_experts(
         case["experts"], case["hidden"], case["width"], case["activation"], case["seed"]

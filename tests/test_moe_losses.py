@@ -49,7 +49,7 @@ SHAPES = st.tuples(st.integers(0, 25), st.integers(1, 7)).flatmap(
 
 
 @given(SHAPES, st.integers(0, 1000), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_both_losses_match_brute_force_and_a_mask_drops_tokens(shape, seed, data) -> None:
     tokens = shape[0]
     logits, probs, chosen = random_routing(*shape, seed)
@@ -68,7 +68,7 @@ def test_both_losses_match_brute_force_and_a_mask_drops_tokens(shape, seed, data
 
 
 @given(SHAPES, st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_order_of_tokens_and_the_names_of_experts_do_not_matter(shape, seed) -> None:
     tokens, experts, _ = shape
     logits, probs, chosen = random_routing(*shape, seed)
@@ -124,7 +124,7 @@ def test_the_z_loss_gradient() -> None:
     st.integers(0, 1000),
     st.data(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_with_the_global_fraction_equal_parts_average_to_the_whole(
     parts, size, experts, seed, data
 ) -> None:
@@ -163,7 +163,7 @@ def test_with_a_mask_and_the_global_fraction_equal_kept_parts_average_to_the_who
 
 
 @given(SHAPES, st.integers(0, 1000), st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_routing_variance_is_the_mean_of_the_experts_variances(shape, seed, data) -> None:
     tokens = shape[0]
     routings = [random_routing(*shape, seed + layer) for layer in range(2)]
@@ -187,7 +187,7 @@ def test_the_routing_variance_is_0_for_one_way_and_most_where_all_are_sure() -> 
 
 
 @given(st.integers(2, 4), st.integers(1, 6), st.integers(1, 7), st.integers(0, 1000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_with_the_global_means_equal_parts_average_to_the_whole_variance(
     parts, size, experts, seed
 ) -> None:

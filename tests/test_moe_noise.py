@@ -28,7 +28,7 @@ def draw(tokens: int, experts: int, **changes: float) -> torch.Tensor:
     layer=st.integers(0, 47),
     data=st.data(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_part_of_the_tokens_sees_its_rows_of_the_whole(
     tokens, experts, first, seed, step, layer, data
 ) -> None:
@@ -43,7 +43,7 @@ def test_a_part_of_the_tokens_sees_its_rows_of_the_whole(
     assert torch.equal(draw(tokens, experts, first_token=first, **key), whole)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     runs=st.integers(1, 5),
     run=st.integers(1, 7),

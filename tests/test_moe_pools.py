@@ -70,7 +70,7 @@ def texts(draw) -> tuple[torch.Tensor, torch.Tensor, int]:
 
 
 @given(texts())
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_pools_are_those_of_a_loop_over_tokens(text) -> None:
     logits_TE, ids_BL, size = text
     limited_TE = DocumentPools(size, (END,)).limit(logits_TE, ids_BL, None)
@@ -86,7 +86,7 @@ def test_pools_are_those_of_a_loop_over_tokens(text) -> None:
 
 
 @given(texts(), texts())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_document_has_the_pools_it_would_have_alone(text, other) -> None:
     """Bitwise: also where the sums of all its experts but one are below the rounding of others."""
     logits_TE, ids_BL, size = text
@@ -104,7 +104,7 @@ def test_a_document_has_the_pools_it_would_have_alone(text, other) -> None:
 
 
 @given(texts(), st.integers(0, 10), st.integers(0, 2**20))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_sizes_are_drawn_for_documents_and_do_not_depend_on_the_batch(text, step, first) -> None:
     logits_TE, ids_BL, size = text
     experts, length = logits_TE.shape[1], ids_BL.shape[1]

@@ -55,7 +55,7 @@ def router_with_logits(logits_TE: torch.Tensor, top_k: int) -> tuple[TopKRouter,
     experts=st.integers(1, 9),
     data=st.data(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_decision_matches_a_loop_over_tokens(tokens, hidden, experts, data) -> None:
     top_k = data.draw(st.integers(1, experts), label="top_k")
     x_TH = torch.randn(tokens, hidden, generator=seeded(tokens), dtype=torch.float64)
@@ -378,7 +378,7 @@ def test_a_decision_is_frozen() -> None:
 
 
 @given(tokens=st.integers(0, 30), experts=st.integers(1, 7), data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_expert_counts_match_numpy(tokens, experts, data) -> None:
     top_k = data.draw(st.integers(1, experts))
     keep = data.draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens))

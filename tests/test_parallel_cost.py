@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
@@ -96,7 +96,6 @@ def immediate(cluster: Cluster) -> Cluster:
     )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(shapes, clusters)
 def test_without_links_to_wait_for_a_step_is_its_computing(
     shape: ModelShape, cluster: Cluster
@@ -116,7 +115,6 @@ def test_without_links_to_wait_for_a_step_is_its_computing(
         assert found.compute_s - alone.compute_s == pytest.approx(more, rel=1e-6, abs=1e-12)
 
 
-@settings(deadline=None)
 @given(shapes, clusters, st.sampled_from(["nvlink", "network"]))
 def test_without_computing_a_step_is_bytes_over_bandwidth(
     shape: ModelShape, cluster: Cluster, kind: str
@@ -158,7 +156,6 @@ def test_links_of_both_kinds_work_side_by_side() -> None:
     assert cluster.exchange_s(16.0, 1, 1) == cluster.gather_s(16.0, 1, 1) == 0.0
 
 
-@settings(deadline=None)
 @given(clusters, st.floats(0.0, 2.0), st.sampled_from([24, 48]), st.integers(1, 500))
 def test_every_row_that_is_sent_arrives(
     cluster: Cluster, skew: float, experts: int, rows: int
@@ -184,7 +181,6 @@ def test_the_fullest_rank_is_that_of_the_distribution() -> None:
     assert loads == sorted(loads, reverse=True)
 
 
-@settings(deadline=None)
 @given(shapes, clusters)
 def test_experts_of_one_rank_each_are_never_gathered(shape: ModelShape, cluster: Cluster) -> None:
     if cluster.gpus not in group_sizes(shape, cluster):
@@ -195,7 +191,6 @@ def test_experts_of_one_rank_each_are_never_gathered(shape: ModelShape, cluster:
     assert costs[0].weights_s == costs[1].weights_s
 
 
-@settings(deadline=None)
 @given(
     shapes,
     clusters,
@@ -213,7 +208,6 @@ def test_faster_parts_never_make_a_slower_step(
         assert after.step_s <= before.step_s * (1 + 1e-12)
 
 
-@settings(deadline=None)
 @given(shapes, clusters)
 def test_a_step_is_its_parts(shape: ModelShape, cluster: Cluster) -> None:
     for ep in group_sizes(shape, cluster):

@@ -25,7 +25,7 @@ def routing(probs_TE: torch.Tensor) -> LayerRouting:
     return LayerRouting(5, probs_TE, probs_TE.argsort(dim=1, descending=True)[:, :2], probs_TE)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 7), st.integers(1, 80), st.integers(2, 5), st.integers(1, 4), st.integers(0, 999)
 )

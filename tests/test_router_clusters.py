@@ -38,7 +38,7 @@ def entropy(states: np.ndarray, weight: np.ndarray) -> float:
     return float(torch.special.entr(probs).sum(dim=1).mean())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(2, 6), st.integers(0, 1000))
 def test_separate_clusters_are_found_whatever_the_lengths(clusters: int, seed: int) -> None:
     states, labels = blobs([200] * clusters, 16, 0.5, seed)

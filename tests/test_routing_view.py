@@ -55,7 +55,7 @@ def test_rows_without_routing_leave_what_is_shown_and_before_any_nothing_is() ->
 @given(
     st.integers(1, 128), st.integers(0, 999), st.integers(1, 3), st.integers(40, 200), st.booleans()
 )
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 def test_every_expert_has_a_cell_whatever_the_width(
     experts: int, seed: int, layers: int, width: int, churns: bool
 ) -> None:

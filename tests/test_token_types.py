@@ -66,7 +66,7 @@ def test_math_and_prose() -> None:
 
 
 @given(st.sampled_from(CLASSES), st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_every_character_of_any_text_has_a_type(token_class: str, text: str) -> None:
     types = character_types(text, token_class)
     assert len(types) == len(text)
@@ -74,7 +74,7 @@ def test_every_character_of_any_text_has_a_type(token_class: str, text: str) -> 
 
 
 @given(st.text(max_size=40), st.integers(0, 5), st.sampled_from(CLASSES))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_block_is_typed_even_one_cut_inside_a_character(
     tokenizer: PreTrainedTokenizerFast, text: str, cut: int, token_class: str
 ) -> None:

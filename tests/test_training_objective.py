@@ -60,7 +60,7 @@ def losses_and_gradients(
     return losses.detach(), *torch.autograd.grad(losses, (hidden, head), upstream.to(losses.dtype))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     batch=st.integers(1, 3),
     length=st.integers(2, 9),
@@ -134,7 +134,7 @@ def test_autocast_reaches_the_head() -> None:
     assert trained.lm_head.weight.grad.dtype == torch.float32
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(length=st.sampled_from([1, 2, 127, 128, 129, 256, 300]), seed=st.integers(0, 10))
 def test_attention_in_blocks_is_causal_attention(length: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
@@ -201,7 +201,6 @@ def test_evaluation_equals_a_plain_loop(batch_size: int, max_blocks: int) -> Non
     assert found.lb_loss == pytest.approx(sum(balance) / 2, rel=1e-6)
 
 
-@settings(deadline=None)
 @given(
     steps=st.integers(1, 500),
     warmup=st.floats(0, 1),

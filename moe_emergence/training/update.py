@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from moe_emergence.config import OptimConfig
 from moe_emergence.moe import RouterNoise, TopKRouter
@@ -50,6 +51,12 @@ class Update:
         self.spoiled = torch.zeros((), device=accelerator.device)
         wrapped: Any = getattr(optimizer, "optimizer", optimizer)
         wrapped.found_inf = self.spoiled
+        self.scale: Tensor | None = None
+        parts = any(isinstance(p, DTensor) for p in model.parameters())
+        if accelerator.scaler is None and not parts:
+            # what they divide gradients by as they read them, which saves clipping its own pass
+            self.scale = torch.ones((), device=accelerator.device)
+            wrapped.grad_scale = self.scale
         self.routers = [m for m in model.modules() if isinstance(m, TopKRouter)]
         for router in self.routers:
             router.expert_bias_rate = 0.0  # moved here, by the counts of whole steps
@@ -62,7 +69,7 @@ class Update:
         """
         rates.assign(self.optimizer)
         sums = self.gradients(batch, noise)
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.optim.max_grad_norm)
+        norm = self._clip(self.optim.max_grad_norm)
         finite = torch.isfinite(norm + sums.lm_loss)
         self.spoiled.copy_(torch.where(finite, self.spoiled, 1.0))
         self.optimizer.step()
@@ -71,6 +78,15 @@ class Update:
             for router, counts_E in zip(self.routers, sums.expert_counts_NE, strict=True):
                 router.update_expert_bias(counts_E, self.bias_rate)
         return Outcome(sums, norm)
+
+    def _clip(self, max_norm: float) -> Tensor:
+        """Norm of the gradient, which the optimizer's step takes down to `max_norm`."""
+        if self.scale is None:
+            return self.accelerator.clip_grad_norm_(self.model.parameters(), max_norm)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.scale.copy_((norm / max_norm).clamp(min=1))
+        return norm
 
     def gradients(self, batch: "StepBatch", noise: RouterNoise | None) -> StepStatistics:
         """The first half of a step: gradients of all parameters, and what was measured."""

@@ -72,7 +72,7 @@ seeds = st.integers(0, 1000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(
     st.lists(st.integers(1, LONGEST), min_size=1, max_size=6),
     st.sampled_from(["left", "right"]),
@@ -88,7 +88,7 @@ def test_in_a_batch_as_alone(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "pools" not in kind])
-@settings(deadline=None, max_examples=4)
+@settings(max_examples=4)
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=3), dtypes, seeds)
 def test_through_a_cache_as_in_one_pass(kind: str, parts: list[int], dtype: str, seed: int) -> None:
     model = made(kind, dtype)

@@ -28,7 +28,7 @@ def said(what: str, bad: int, rows: int, first: int) -> str:
     return f"^{re.escape(found)}\\w+\\), first in row {first}$"
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, 9), min_size=1, unique=True),
     st.sampled_from([float("nan"), float("inf"), float("-inf")]),
@@ -49,7 +49,7 @@ def test_rows_that_are_not_finite_are_counted(
     layer(x_TH)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.floats(0, LARGEST), st.integers(0, 2**31 - 1))
 def test_every_finite_input_in_16_bits_has_finite_logits(norm: float, seed: int) -> None:
     """In fp16 the products with such inputs are not: the router's are in fp32."""

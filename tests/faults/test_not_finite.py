@@ -102,7 +102,7 @@ def said_of(model: Any, update: Update) -> str:
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data(), st.booleans())
 def test_the_first_output_is_named_and_the_weights_before_it_are_kept(
     data: st.DataObject, graphed: bool

@@ -303,7 +303,6 @@ def test_printable_text_has_no_control_characters(text: str) -> None:
     assert text != shown or ALLOWED.fullmatch(text)
 
 
-@settings(deadline=None)
 @given(st.one_of(texts, st.just(OBEYED)))
 def test_a_console_obeys_no_text(text: str) -> None:
     file = io.StringIO()
@@ -369,7 +368,7 @@ def test_a_cell_begins_no_formula_and_is_read_back(text: str) -> None:
         assert guarded(text) == text
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(cells, st.floats(-9, 9), st.integers(-9, 9)), min_size=1, max_size=5))
 def test_a_table_is_read_back_and_numbers_stay_numbers(rows: list[tuple[str, float, int]]) -> None:
     table = pd.DataFrame(rows, columns=["=token", "share", "count"])

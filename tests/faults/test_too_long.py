@@ -18,7 +18,7 @@ LIMIT = int(SIZE["n_positions"])
 MODEL: Any = make_model()
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 2 * LIMIT), st.booleans())
 def test_forward_up_to_the_limit(length: int, given_positions: bool) -> None:
     options = {"position_ids": torch.arange(length)[None]} if given_positions else {}
@@ -31,7 +31,7 @@ def test_forward_up_to_the_limit(length: int, given_positions: bool) -> None:
         MODEL(tokens, **options)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(st.integers(1, LIMIT), st.integers(1, LIMIT))
 def test_cached_decoding_up_to_the_limit(first: int, then: int) -> None:
     cache = DynamicCache(config=MODEL.config)
