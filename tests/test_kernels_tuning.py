@@ -2,15 +2,17 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import KERNEL_DEVICE
 
+from emergence_kernels.batches import BatchPlan
 from emergence_kernels.gpu.gemm_config import PRODUCTS, GemmConfig, GemmPlan
-from moe_emergence.errors import exit_code
 from moe_emergence.moe import Experts, MoELayer, get_dispatcher
+from moe_emergence.moe.autotune import autotune
 from moe_emergence.moe.dispatch import AutoDispatcher
 from moe_emergence.moe.fused import FusedDispatcher
 from moe_emergence.moe.tuning import (
@@ -19,6 +21,7 @@ from moe_emergence.moe.tuning import (
     TuningTable,
     load_table,
     save_table,
+    table_path,
 )
 
 pytestmark = pytest.mark.slow
@@ -227,8 +230,39 @@ def test_the_fused_path_passes_its_plan_on(monkeypatch) -> None:
     assert plans == [PLAN, None, PLAN]
 
 
-def test_autotune_on_a_cpu_is_refused(tiny_flags: list[str], capsys) -> None:
-    from moe_emergence.train import main  # needs more than the other kernel tests do
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cpu_measures_cuts_and_paths_once(tmp_path: Path, monkeypatch, dtype) -> None:
+    """The fastest of each, in a file that later runs find; and computed is the same."""
+    measured = []
 
-    assert exit_code(main, [*tiny_flags, "--autotune"]) == 2
-    assert "--autotune: there is nothing to measure on cpu" in capsys.readouterr().err
+    def milliseconds(step) -> float:
+        step()
+        measured.append(step)
+        return {4: 1.0, 16: 3.0, 17: 2.0}.get(len(measured), 5.0)
+
+    monkeypatch.setattr("moe_emergence.moe.autotune._milliseconds", milliseconds)
+    layer = MoELayer(16, 16, 4, 2).to(dtype)
+    table = autotune(layer.experts, 24, 2, dtype, tmp_path)
+    assert len(measured) == 5 * 3 + 3
+    (found,) = table.entries.values()
+    assert found.milliseconds == {"fused": 3.0, "grouped": 2.0, "sequential": 5.0}
+    assert found.dispatch == "grouped"
+    plan = BatchPlan(1e6, 32 * 1024 * torch.get_num_threads())
+    x_TH = torch.randn(24, 16, dtype=dtype)
+    assert table.plan(x_TH, 2, layer.experts) == plan
+    assert autotune(layer.experts, 24, 2, dtype, tmp_path) == table
+    assert len(measured) == 5 * 3 + 3
+    assert load_table(table_path(tmp_path, x_TH.device)) == table
+    plain = layer(x_TH).hidden_states
+    layer.experts.dispatcher = FusedDispatcher(table)
+    torch.testing.assert_close(layer(x_TH).hidden_states, plain)
+
+
+def test_a_run_on_a_cpu_takes_what_was_measured(tiny_config, monkeypatch) -> None:
+    from moe_emergence.training.experiment import run_experiment
+
+    monkeypatch.setattr("moe_emergence.moe.autotune._milliseconds", lambda step: 1.0)
+    run_experiment(replace(tiny_config, autotune=True, stop_after=1))
+    (path,) = Path(tiny_config.data.cache_dir, "tuning").iterdir()
+    assert len(load_table(path).entries) == 1
+    path.unlink()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from . import expert_mlp_batched
 from .activations import Activation, pre_activation_width
+from .batches import BatchPlan
 from .gpu.gemm_config import GemmPlan
 from .grouped_gemm import empty_gradient
 from .operators import define, kernels_take, require, sizes_of
@@ -256,7 +257,7 @@ def expert_mlp(
     b2_EH: Tensor | None,
     permutation: Permutation,
     activation: Activation,
-    plan: GemmPlan | None = None,
+    plan: GemmPlan | BatchPlan | None = None,
 ) -> Tensor:
     """Weighted sum of every token's K experts: (T, H).
 
@@ -269,7 +270,8 @@ def expert_mlp(
         permutation: from `sort_by_expert` of the (T, K) chosen experts. Rows from its last offset
             on have no expert: nothing is added for them, and their weights' gradient is zero.
         activation: "gelu_tanh" (P = F) or "swiglu" (P = 2F, gate then up).
-        plan: how the kernels are tiled on a GPU; None takes the defaults of the architecture.
+        plan: how the kernels are tiled on a GPU, or the experts cut into batches elsewhere; None
+            takes the defaults.
 
     Under autocast everything but the routing weights is computed in the autocast dtype, unless the
     tokens are fp64, as autocast does for a matrix product. The weights are kept for backward as

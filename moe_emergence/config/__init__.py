@@ -45,8 +45,8 @@ class RunConfig:
     """On a GPU, capture the whole optimizer step once and launch it with one call: auto where that
     can be done, on refuses to train where it cannot."""
     autotune: bool = False
-    """On a GPU, measure kernel configurations and paths for this run's shape first; --cache-dir
-    keeps them for later runs."""
+    """Measure how this machine best cuts and dispatches this run's shape first; --cache-dir keeps
+    it for later runs."""
     fsdp_size: int = 1
     """Processes that share out one copy of weights, gradients and optimizer states (FSDP2); there
     are as many copies as groups of so many processes. 1 gives every process a copy."""

@@ -1,14 +1,17 @@
-"""Measuring a layer's paths on a GPU, so that later runs of that shape take the fastest.
+"""Measuring a layer's paths on this machine, so that later runs of that shape take the fastest.
 
 Letters: T tokens, H model width, F expert width, E experts, K experts per token.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
+from torch.utils.benchmark import Timer
 
+from emergence_kernels.batches import BatchPlan
 from moe_emergence.moe.dispatch import Dispatcher
 from moe_emergence.moe.experts import Experts
 from moe_emergence.moe.fused import FusedDispatcher
@@ -30,10 +33,10 @@ logger = logging.getLogger(__name__)
 def autotune(
     experts: Experts, num_tokens: int, top_k: int, dtype: torch.dtype, cache_dir: Path
 ) -> TuningTable:
-    """Measure the kernels' configurations and the paths for `num_tokens` tokens through `experts`.
+    """Measure the fused path's cuts and the paths for `num_tokens` tokens through `experts`.
 
     A shape that the table in `cache_dir` has already is not measured again. Works on a copy of the
-    experts in `dtype`, on their CUDA device, and returns the whole table.
+    experts in `dtype`, on their device, and returns the whole table.
     """
     device = experts.w1.device
     path = table_path(cache_dir, device)
@@ -45,8 +48,9 @@ def autotune(
     key = TuningKey.of(x_TH, top_k, copy)
     if key in table.entries:
         return table
-    logger.info("measuring kernel configurations for %s (kept in %s)", key, path)
-    entry = measure_entry(copy, x_TH.requires_grad_(), top_k)
+    logger.info("measuring paths for %s (kept in %s)", key, path)
+    measure = measure_on_cpu if device.type == "cpu" else measure_on_gpu
+    entry = measure(copy, x_TH.requires_grad_(), top_k)
     for name, milliseconds in entry.milliseconds.items():
         logger.info("%s: %.3f ms forward and backward", name, milliseconds)
     # read again: another run may have written its own shape meanwhile
@@ -55,7 +59,7 @@ def autotune(
     return table
 
 
-def measure_entry(experts: Experts, x_TH: torch.Tensor, top_k: int) -> TuningEntry:
+def measure_on_gpu(experts: Experts, x_TH: torch.Tensor, top_k: int) -> TuningEntry:
     """The fastest configurations and path for one batch `x_TH` (T, H) with random routing."""
     from triton.testing import do_bench
 
@@ -70,19 +74,46 @@ def measure_entry(experts: Experts, x_TH: torch.Tensor, top_k: int) -> TuningEnt
             found.product, found.milliseconds, found.default_milliseconds, found.config,
         )  # fmt: skip
     plan = plan_of(tuned).encoded
-    entry = TuningEntry("fused", plan, {})
-    key = TuningKey.of(x_TH, top_k, experts)
-    paths: dict[str, Dispatcher] = {
-        "fused": FusedDispatcher(TuningTable({key: entry})),
-        "grouped": GroupedDispatcher(),
-        "sequential": SequentialDispatcher(),
-    }
+    paths = {"fused": _cut_by(plan, x_TH, top_k, experts), **_OTHERS}
     times = time_paths(paths, experts, x_TH, top_k, do_bench)
     return TuningEntry(min(times, key=times.__getitem__), plan, times)
 
 
+_OTHERS: Mapping[str, Dispatcher] = MappingProxyType(
+    {"grouped": GroupedDispatcher(), "sequential": SequentialDispatcher()}
+)
+
+
+def measure_on_cpu(experts: Experts, x_TH: torch.Tensor, top_k: int) -> TuningEntry:
+    """The fastest cut into batches and path for one batch `x_TH` (T, H) with random routing."""
+    threads = torch.get_num_threads()
+    plans = [BatchPlan(cost, size * threads) for cost in _COSTS for size in _SIZES]
+    cuts = {plan.encoded: _cut_by(plan.encoded, x_TH, top_k, experts) for plan in plans}
+    found = time_paths(cuts, experts, x_TH, top_k, _milliseconds)
+    fastest = min(found, key=found.__getitem__)
+    times = time_paths({"fused": cuts[fastest], **_OTHERS}, experts, x_TH, top_k, _milliseconds)
+    return TuningEntry(min(times, key=times.__getitem__), fastest, times)
+
+
+_COSTS = (0.0, 1e6, 4e6, 9e6, 4e7)
+_SIZES = (32 * 1024, 128 * 1024, 512 * 1024)
+"""Of `BatchPlan`: FLOPs, and elements a thread."""
+
+
+def _cut_by(plan: str, x_TH: torch.Tensor, top_k: int, experts: Experts) -> Dispatcher:
+    key = TuningKey.of(x_TH, top_k, experts)
+    return FusedDispatcher(TuningTable({key: TuningEntry("fused", plan, {})}))
+
+
+def _milliseconds(step: Callable[[], object]) -> float:
+    """Median over a quarter of a second, and at least three steps."""
+    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
+    step()
+    return 1e3 * float(timer.blocked_autorange(min_run_time=0.25).median)
+
+
 def time_paths(
-    paths: dict[str, Dispatcher],
+    paths: Mapping[str, Dispatcher],
     experts: Experts,
     x_TH: torch.Tensor,
     top_k: int,

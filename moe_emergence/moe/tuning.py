@@ -1,4 +1,4 @@
-"""What was measured on this machine: kernel configurations and the fastest path, by shape.
+"""What was measured on this machine: how the fused path cuts its products, and the fastest path.
 
 Letters: T tokens, H model width, F expert width, E experts, K experts per token.
 """
@@ -6,6 +6,7 @@ Letters: T tokens, H model width, F expert width, E experts, K experts per token
 import dataclasses
 import json
 import logging
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -13,6 +14,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from emergence_kernels.batches import BatchPlan
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
 from moe_emergence.disk import write_text
 from moe_emergence.moe.experts import Experts
@@ -56,7 +58,16 @@ class TuningEntry:
     dispatch: str
     """The fastest path."""
     plan: str
-    """`GemmPlan.encode` of the kernels' fastest configurations."""
+    """Fastest cut of the fused path, encoded: a `GemmPlan` on a GPU, a `BatchPlan` on a CPU."""
+
+    @property
+    def decoded(self) -> GemmPlan | BatchPlan:
+        """The plan; `ValueError` where it is neither."""
+        try:
+            return BatchPlan.decode(self.plan)
+        except ValueError:
+            return GemmPlan.decode(self.plan)
+
     milliseconds: dict[str, float]
     """Forward and backward of every path that was measured."""
 
@@ -73,14 +84,21 @@ class TuningTable:
             return None
         return self.entries.get(TuningKey.of(x_TH, top_k, experts))
 
-    def plan(self, x_TH: Tensor, top_k: int, experts: Experts) -> GemmPlan | None:
-        """The kernels' configurations for a call on `x_TH`; None for the defaults."""
+    def plan(self, x_TH: Tensor, top_k: int, experts: Experts) -> GemmPlan | BatchPlan | None:
+        """How the fused path cuts a call on `x_TH`; None for the defaults."""
         entry = self.find(x_TH, top_k, experts)
-        return None if entry is None else GemmPlan.decode(entry.plan)
+        return None if entry is None else entry.decoded
 
 
 def table_path(cache_dir: Path, device: torch.device) -> Path:
-    """The file of this device's table. Measurements hold for one Triton and torch only."""
+    """The file of this device's table.
+
+    Measurements hold for one version of torch, and for one of Triton or number of threads.
+    """
+    if device.type == "cpu":
+        kind = f"{platform.machine()}-{torch.backends.cpu.get_cpu_capability()}".replace(" ", "-")
+        threads = torch.get_num_threads()
+        return cache_dir / "tuning" / f"{kind}-{threads}-threads-torch{torch.__version__}.json"
     from triton import __version__ as triton_version
 
     name = torch.cuda.get_device_name(device).replace(" ", "-")
@@ -96,7 +114,7 @@ def load_table(path: Path) -> TuningTable:
         rows = json.loads(path.read_text(encoding="utf-8"))
         entries = {TuningKey(**row["key"]): TuningEntry(**row["entry"]) for row in rows}
         for entry in entries.values():
-            GemmPlan.decode(entry.plan)
+            _ = entry.decoded
             if entry.dispatch not in get_args(DispatchName):
                 raise ValueError(f"dispatch {entry.dispatch!r}")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

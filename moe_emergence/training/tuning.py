@@ -21,10 +21,10 @@ def check_can_tune(config: RunConfig, accelerator: Accelerator) -> None:
             f"--autotune: it measures all experts, and with --ep-size {config.ep_size} a process "
             "has a share of them; leave one of both out"
         )
-    if config.autotune and accelerator.device.type != "cuda":
+    if config.autotune and accelerator.device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"--autotune: there is nothing to measure on {accelerator.device.type}; leave it out, "
-            "or give --device cuda on a machine with a GPU"
+            "or give --device cpu or --device cuda"
         )
 
 
@@ -40,8 +40,8 @@ def measured(
 ) -> TuningTable | None:
     """What is known about this device; with `--autotune`, this run's shape is measured first."""
     device = accelerator.device
-    tunable = device.type == "cuda" and config.dispatch in ("auto", "fused")
-    if not tunable or not triton_is_installed():
+    tunable = device.type == "cpu" or (device.type == "cuda" and triton_is_installed())
+    if not tunable or config.dispatch not in ("auto", "fused"):
         return None
     cache_dir = Path(config.data.cache_dir)
     layers = list(model.moe_layers().values())
