@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from moe_emergence.config import RunConfig
 from moe_emergence.run_folder import RunFolder, read_json, read_metrics
+from moe_emergence.training import checkpoint
 from moe_emergence.training.experiment import run_experiment
 
 pytestmark = pytest.mark.slow
@@ -241,6 +242,42 @@ def test_retention_keeps_the_newest_checkpoints(tiny_config: RunConfig) -> None:
     run = RunFolder(Path(tiny_config.output_dir) / "tiny")
     assert run.checkpoint_steps() == [5, 6]
     assert not [p.name for p in run.checkpoints.iterdir() if p.name.startswith(".")]
+
+
+def test_killed_between_a_checkpoint_and_deleting_older_ones(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step no further checkpoint would have them deleted."""
+    config = replace(tiny_config, monitor=replace(tiny_config.monitor, save_every=1, keep_last_k=2))
+    run = RunFolder(Path(config.output_dir) / "tiny")
+    with monkeypatch.context() as patch:
+        delete = checkpoint.delete_old_checkpoints
+
+        def killed(run: RunFolder, step: int, keep_last_k: int) -> None:
+            if step == config.optim.max_steps:
+                raise SystemExit
+            delete(run, step, keep_last_k)
+
+        patch.setattr(checkpoint, "delete_old_checkpoints", killed)
+        with pytest.raises(SystemExit):
+            run_experiment(config)
+    assert run.checkpoint_steps() == [4, 5, 6]
+    assert run_experiment(replace(config, resume="auto")).status == "completed"
+    assert run.checkpoint_steps() == [5, 6]
+
+
+def test_a_torn_checkpoint_does_not_count_among_those_to_keep(tiny_config: RunConfig) -> None:
+    """Kept in their place, it would have the whole ones deleted."""
+    config = replace(tiny_config, monitor=replace(tiny_config.monitor, save_every=1, keep_last_k=2))
+    run = RunFolder(Path(config.output_dir) / "tiny")
+    run_experiment(config)
+    run.summary.unlink()
+    _truncate(run.checkpoint(6) / "trainer.pt")
+    run.checkpoint(6).rename(run.checkpoint(9))
+    auto = replace(config, resume="auto", monitor=replace(config.monitor, keep_last_k=1))
+    run_experiment(auto)
+    assert run.checkpoint_steps() == [6, 9]
+    assert checkpoint.load_checkpoint(run.checkpoint(6)).step == 6
 
 
 REFUSED: dict[str, tuple[Change, str]] = {

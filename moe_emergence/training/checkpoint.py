@@ -69,7 +69,7 @@ def save_checkpoint(
     data_manifest: dict[str, Any],
     keep_last_k: int,
 ) -> Path:
-    """Write the checkpoint of `step`, then delete all but the newest `keep_last_k`.
+    """Write the checkpoint of `step`, then delete those before it, see `delete_old_checkpoints`.
 
     For `weights` see `save_model_folder`.
 
@@ -92,9 +92,15 @@ def save_checkpoint(
             "files": files,
         }
         write_json(folder / MANIFEST, manifest)
-    for old in run.checkpoint_steps()[:-keep_last_k]:
-        remove_folder(run.checkpoint(old))
+    delete_old_checkpoints(run, step, keep_last_k)
     return target
+
+
+def delete_old_checkpoints(run: RunFolder, step: int, keep_last_k: int) -> None:
+    """Delete all but the newest `keep_last_k` of the checkpoints up to that of `step`, which is
+    whole; later ones are torn, and will be written again."""
+    for old in [s for s in run.checkpoint_steps() if s <= step][:-keep_last_k]:
+        remove_folder(run.checkpoint(old))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -28,7 +28,12 @@ from moe_emergence.moe import get_dispatcher
 from moe_emergence.run_folder import STAGES, RunFolder, read_config, read_json, write_json
 from moe_emergence.run_lock import locked
 from moe_emergence.settings import check, from_dict, to_dict
-from moe_emergence.training.checkpoint import MANIFEST, Checkpoint, recover_folders
+from moe_emergence.training.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    delete_old_checkpoints,
+    recover_folders,
+)
 from moe_emergence.training.environment import describe_environment, make_accelerator
 from moe_emergence.training.graph import check_can_capture, dispatch_of
 from moe_emergence.training.memory import keep_freed_memory
@@ -133,10 +138,16 @@ def _check_resumable(config: RunConfig, run: RunFolder, checkpoint: Checkpoint |
 
 
 def _start_folder(
-    run: RunFolder, config: RunConfig, data: PreparedData, accelerator: Accelerator
+    run: RunFolder,
+    config: RunConfig,
+    data: PreparedData,
+    accelerator: Accelerator,
+    checkpoint: Checkpoint | None,
 ) -> None:
     def start() -> None:
         recover_folders(run)
+        if checkpoint is not None and checkpoint.path.parent == run.checkpoints:
+            delete_old_checkpoints(run, checkpoint.step, config.monitor.keep_last_k)
         if not run.config.exists():
             write_json(run.config, to_dict(config))
         write_json(run.environment, describe_environment(accelerator))
@@ -163,10 +174,12 @@ def _run_stage(
     step = None if checkpoint is None else checkpoint.step
     check_alike(accelerator, f"--output-dir {config.output_dir}", (step, finished))
     if finished is not None:
+        if accelerator.is_main_process:
+            recover_folders(run)
         logger.info("%s is %s: nothing to do", run.root, finished.status)
         return finished, 0
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)
-    _start_folder(run, config, data, accelerator)
+    _start_folder(run, config, data, accelerator, checkpoint)
     if isinstance(model, MixtureModel):
         dispatch = dispatch_of(config, accelerator)
         model.set_dispatch(dispatch, measured(config, model, accelerator))
