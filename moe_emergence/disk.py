@@ -18,6 +18,12 @@ from moe_emergence.errors import RunError
 from moe_emergence.interrupt import finishing
 
 _UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]+\.(old|tmp)")
+_ADVICE = {
+    "write": "free some space or give another folder (--output-dir, --out or --cache-dir). "
+    "What was saved before is untouched",
+    "remove": "let it be written, or delete it by hand",
+    "read": "the disk may be damaged: put the file back from a copy, or give another",
+}
 DAY = 24 * 60 * 60.0
 """Seconds after which nobody is still writing."""
 
@@ -139,6 +145,16 @@ def remove_file(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def read_text(path: Path) -> str:
+    """All of a text file; `OSError` itself does not say which file could not be read.
+
+    Raises:
+        RunError: naming the path.
+    """
+    with named(path, "read"):
+        return path.read_text(encoding="utf-8")
+
+
 @finishing()
 def append(path: Path, content: bytes) -> None:
     """Write to the end of a file, all of it or, where the disk allows to go back, none.
@@ -163,18 +179,19 @@ def append(path: Path, content: bytes) -> None:
             _sync(path.parent)
 
 
-def clear_unfinished(folder: Path, idle_seconds: float = 0.0) -> None:
+def clear_unfinished(folder: Path, idle_seconds: float = 0.0, only: str | None = None) -> None:
     """Clear away what killed processes, or a disk that refused, left in a folder.
 
     What was being replaced is put back where the new one did not make it; the rest is deleted. In a
-    folder that others write to, `idle_seconds` says how old it has to be.
+    folder that others write to, `idle_seconds` says how old it has to be, or `only` what it was to
+    become.
 
     Raises:
         RunError: when it cannot be deleted, naming the path.
     """
     for path in [*folder.glob(".*")]:
         name = _UNFINISHED.fullmatch(path.name)
-        if name is None:
+        if name is None or only not in (None, name[1]):
             continue
         with named(path, "remove"):
             if time.time() - path.stat().st_mtime < idle_seconds:
@@ -201,10 +218,7 @@ def named(path: Path, action: str = "write") -> Iterator[None]:
         if not _is_disk_failure(error):
             raise
         why = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise RunError(
-            f"cannot {action} {path}: {why}; free some space or give another folder "
-            f"(--output-dir, --out or --cache-dir). What was saved before is untouched"
-        ) from error
+        raise RunError(f"cannot {action} {path}: {why}; {_ADVICE[action]}") from error
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from moe_emergence.disk import whole_file
+from moe_emergence.disk import read_text, whole_file
 
 DomainFractions = Mapping[int, Mapping[str, Sequence[float]]]
 """Per mixture layer and domain E shares that sum to 1."""
@@ -28,8 +28,7 @@ def write_domain_fractions(
 def read_domain_fractions(path: Path) -> DomainFractions:
     """What `write_domain_fractions` wrote, rounded to six digits."""
     found: dict[int, dict[str, list[float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            layer = found.setdefault(int(row["layer"]), {})
-            layer.setdefault(row["domain"], []).append(float(row["fraction"]))
+    for row in csv.DictReader(read_text(path).splitlines()):
+        layer = found.setdefault(int(row["layer"]), {})
+        layer.setdefault(row["domain"], []).append(float(row["fraction"]))
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_emergence.config import RunConfig
-from moe_emergence.disk import append, write_text
+from moe_emergence.disk import append, named, write_text
 from moe_emergence.settings import from_dict
 
 STAGES = {
@@ -160,7 +160,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ValueError: naming the line, for what is no object of numbers with its `step`.
     """
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    with named(path, "read"):
+        lines = path.read_bytes().split(b"\n")[:-1]
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
             if not isinstance(row, dict) or type(row.get("step")) is not int:

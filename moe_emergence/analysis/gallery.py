@@ -7,7 +7,7 @@ from moe_emergence.analysis.figures import FIGURES
 from moe_emergence.analysis.figures.write import TRAJECTORY
 from moe_emergence.analysis.tidy import FIGURES as FOLDER
 from moe_emergence.analysis.tidy import TABLES
-from moe_emergence.disk import write_text
+from moe_emergence.disk import clear_unfinished, write_text
 from moe_emergence.printable import inert
 from moe_emergence.run_folder import read_json
 
@@ -43,6 +43,7 @@ def write_gallery(folder: Path, page: Path) -> Path:
                 f"{caption} Numbers: [{table}.csv]({link}/{TABLES}/{table}.csv).",
                 f"![{heading}]({link}/{FOLDER}/{name}.{suffix})",
             ]
+    clear_unfinished(page.parent, only=page.name)
     write_text(page, inert("\n\n".join(parts) + "\n"))
     return page
 

@@ -33,6 +33,7 @@ from moe_emergence.analysis.tidy import write_tables
 from moe_emergence.analyze.describe import describe, source_names, text_read
 from moe_emergence.analyze.tables import model_tables, routing_of, routing_tables
 from moe_emergence.begin import begin
+from moe_emergence.disk import clear_unfinished
 from moe_emergence.models import MixtureModel
 from moe_emergence.models.pruning import keep_experts
 from moe_emergence.run_folder import write_json
@@ -46,6 +47,7 @@ def report(config: AnalyzeConfig, command: str) -> int:
     """Analyse and draw, as `command` asked; print what was found and where the report is."""
     begin()
     folder = output_folder(config)
+    clear_unfinished(folder)
     if config.diff:
         diff(config, source_names(config.sources), folder)
         logger.info("tables and figures are in %s", folder)

@@ -17,7 +17,7 @@ from moe_emergence.config import DataConfig, TokenClass
 from moe_emergence.config.data import check_domain_names, token_classes
 from moe_emergence.data.manifest import hash_blocks, token_classes_of
 from moe_emergence.data.tokenizer import folder_tokenizer, hash_tokenizer
-from moe_emergence.disk import whole_file, whole_folder, write_text
+from moe_emergence.disk import clear_unfinished, whole_file, whole_folder, write_text
 from moe_emergence.hub_access import reason
 from moe_emergence.settings import check
 
@@ -57,6 +57,7 @@ def save_prepared(data: PreparedData, folder: Path) -> None:
     Raises:
         RunError: when the disk is full or not writable, naming the path.
     """
+    clear_unfinished(folder)
     splits = {"train": data.train_blocks, "eval": data.eval_blocks}
     dtype = torch.uint16 if len(data.tokenizer) <= 2**16 else torch.int32
     blocks = {f"{s}.{d}": rows.to(dtype) for s, of in splits.items() for d, rows in of.items()}

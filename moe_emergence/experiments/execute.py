@@ -222,5 +222,6 @@ def _tidy(planned: PlannedRun, execution: Execution) -> None:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    with named(log, "read"):
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     return lines[-1].strip()[:200] if lines else ""

@@ -15,7 +15,7 @@ from moe_emergence.analysis.routing_record import RoutingRecord
 from moe_emergence.analysis.token_types import token_types
 from moe_emergence.csv_cells import csv_of
 from moe_emergence.data.tokenizer import folder_tokenizer
-from moe_emergence.disk import clear_unfinished, remove_file, write_text
+from moe_emergence.disk import clear_unfinished, read_text, remove_file, write_text
 from moe_emergence.experiments import figures, sections
 from moe_emergence.experiments.caveats import caveats
 from moe_emergence.experiments.collapse_study import CollapseStudy, loads, study_collapse
@@ -79,6 +79,7 @@ def build_report(
     write_tables(evidence, folder / "tables")
     shown = write_figures(evidence, folder / "figures")
     path = folder / REPORT
+    clear_unfinished(folder, only=REPORT)
     write_text(path, inert(report_text(evidence, shown)))
     logger.info("wrote %s", path)
     return path
@@ -108,7 +109,7 @@ def tokenizer_types(suite: SuiteFolder) -> TypesOf:
         folder = _tokenizer_folder(suite, seed)
         if folder is None or set(classes.values()) <= {"none"}:
             return None
-        key = folder.read_text(encoding="utf-8"), routing.token_ids.tobytes(), str(classes)
+        key = read_text(folder), routing.token_ids.tobytes(), str(classes)
         if key not in known:
             tokenizer = folder_tokenizer(str(folder.parent))
             found = np.zeros(routing.token_ids.shape, np.int8)

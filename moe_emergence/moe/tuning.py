@@ -16,7 +16,7 @@ from torch import Tensor
 
 from emergence_kernels.batches import BatchPlan
 from emergence_kernels.gpu.gemm_config import GemmPlan, rows_bucket
-from moe_emergence.disk import write_text
+from moe_emergence.disk import DAY, clear_unfinished, write_text
 from moe_emergence.moe.experts import Experts
 from moe_emergence.names import DispatchName
 
@@ -129,4 +129,5 @@ def save_table(table: TuningTable, path: Path) -> None:
         {"key": dataclasses.asdict(key), "entry": dataclasses.asdict(entry)}
         for key, entry in table.entries.items()
     ]
+    clear_unfinished(path.parent, idle_seconds=DAY)
     write_text(path, json.dumps(rows, indent=1) + "\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 from moe_emergence.begin import begin
 from moe_emergence.device import find_device
+from moe_emergence.disk import clear_unfinished
 from moe_emergence.experiments.cluster import Cluster
 from moe_emergence.experiments.description import BASE
 from moe_emergence.experiments.estimate import estimate, estimate_table, refuse_over_budget
@@ -48,6 +49,8 @@ def run_suite(suite: Suite, options: RunOptions, command: list[str]) -> int:
     for planned in runs:
         is_complete(planned)  # refuses folders of other settings, before anything is written
     with locked(options.root, f"--out {options.root}"):
+        for folder in (options.root, options.root / "plans"):
+            clear_unfinished(folder)
         _write_description(describe(suite, command, overrides_of(options)), options.root)
         execution = Execution(options.root, options.jobs, _threads(options), options.keep_models)
         states, stopped_by = execute(runs, execution)

@@ -2,10 +2,11 @@
 
 A checkpoint is a Hugging Face model folder with two more files: `trainer.pt` (optimizer and loader
 states, read with `weights_only=True`) and `checkpoint.json` (step, counters,
-configuration and the SHA-256 of every other file).
+configuration, the SHA-256 of every other file and of its own text).
 """
 
 import hashlib
+import json
 import logging
 import pickle
 from dataclasses import dataclass
@@ -17,14 +18,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe_emergence.disk import clear_unfinished, remove_folder, whole_folder
-from moe_emergence.run_folder import RunFolder, read_json, write_json
+from moe_emergence.run_folder import RunFolder, read_json
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "moe_emergence checkpoint 2"
 MANIFEST = "checkpoint.json"
 TRAINER_STATE = "trainer.pt"
-_KEYS = frozenset({"step", "progress", "config", "data_manifest", "files"})
+_KEYS = frozenset({"format", "step", "progress", "config", "data_manifest", "files"})
+_BLANK = "0" * 64
 
 
 @dataclass(frozen=True)
@@ -82,16 +84,18 @@ def save_checkpoint(
         # into a file of Python's: torch's own calls a full disk an "iostream error"
         with (folder / TRAINER_STATE).open("wb") as file:
             torch.save(trainer_state, file)
-        files = {p.name: _sha256(p) for p in sorted(folder.iterdir())}
         manifest = {
             "format": FORMAT,
             "step": step,
             "progress": progress,
             "config": config,
             "data_manifest": data_manifest,
-            "files": files,
+            "files": {name: _sha256(folder / name) for name in _files(folder)},
+            "sha256": _BLANK,
         }
-        write_json(folder / MANIFEST, manifest)
+        text = json.dumps(manifest, indent=2) + "\n"
+        # the folder as a whole is synced and renamed
+        (folder / MANIFEST).write_text(text.replace(_BLANK, _digest(text)), encoding="utf-8")
     delete_old_checkpoints(run, step, keep_last_k)
     return target
 
@@ -107,37 +111,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify a checkpoint.
 
     Raises:
-        ValueError: when it is missing, not a checkpoint of this library, or torn, with the reason.
+        ValueError: when it is missing, not a checkpoint of this library, torn, or holds files that
+            are not its own, with the reason.
     """
     if not (path / MANIFEST).is_file():
         reason = "there is no such folder" if not path.is_dir() else f"it has no {MANIFEST}"
         raise ValueError(f"--resume {path}: not a checkpoint of this library, {reason}")
-    manifest = read_json(path / MANIFEST)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(
-            f"--resume {path}: the format is {manifest.get('format')!r}; this version reads "
-            f"{FORMAT!r}"
-        )
-    lacking = _KEYS - manifest.keys()
-    if lacking:
-        raise ValueError(
-            f"--resume {path}: the checkpoint is torn, {MANIFEST} lacks "
-            f"{', '.join(sorted(lacking))}"
-        )
-    _check_types(path, manifest)
-    for name, digest in manifest["files"].items():
-        if not (path / name).is_file():
-            raise ValueError(f"--resume {path}: the checkpoint is torn, {name} is missing")
-        if _sha256(path / name) != digest:
-            raise ValueError(
-                f"--resume {path}: the checkpoint is torn, {name} is not what was written; "
-                f"resume from an older one"
-            )
     try:
-        trainer_state = torch.load(path / TRAINER_STATE, map_location="cpu", weights_only=True)
+        manifest = _read_manifest(path)
+        _check_files(path, manifest["files"])
+        with (path / TRAINER_STATE).open("rb") as file:
+            trainer_state = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
         raise ValueError(
             f"--resume {path}: {TRAINER_STATE} holds something else than tensors and is not loaded"
+        ) from error
+    except OSError as error:
+        raise ValueError(
+            f"--resume {path}: the checkpoint cannot be read ({error}); resume from an older one"
         ) from error
     return Checkpoint(
         path,
@@ -196,6 +187,62 @@ def recover_folders(run: RunFolder) -> None:
     """Clear away what a killed process left among the folders of a run."""
     clear_unfinished(run.root)
     clear_unfinished(run.checkpoints)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """`checkpoint.json`, whose last entry is the digest of the rest.
+
+    Those of earlier versions have none.
+    """
+    manifest = read_json(path / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"--resume {path}: in {MANIFEST} the format is {manifest.get('format')!r}; this "
+            f"version reads {FORMAT!r}"
+        )
+    digest = manifest.pop("sha256", None)
+    lacking, unknown = _KEYS - manifest.keys(), manifest.keys() - _KEYS
+    reason = ""
+    if lacking or unknown:
+        names = ", ".join(sorted(lacking or unknown))
+        reason = f"{MANIFEST} {'lacks' if lacking else 'has what does not belong there:'} {names}"
+    elif digest is not None:
+        text = (path / MANIFEST).read_text(encoding="utf-8")
+        if not isinstance(digest, str) or _digest(text.replace(digest, _BLANK)) != digest:
+            reason = f"{MANIFEST} is not what was written; resume from an older one"
+    if reason:
+        raise ValueError(f"--resume {path}: the checkpoint is torn, {reason}")
+    _check_types(path, manifest)
+    return manifest
+
+
+def _check_files(path: Path, digests: dict[str, str]) -> None:
+    """`ValueError` unless the files are those that were written, and no others.
+
+    Another file may change what is loaded. Folders, as of an analysis, and hidden files do not.
+    """
+    for name, digest in digests.items():
+        reason = ""
+        if not (path / name).is_file():
+            reason = f"{name} is missing"
+        elif _sha256(path / name) != digest:
+            reason = f"{name} is not what was written; resume from an older one"
+        if reason:
+            raise ValueError(f"--resume {path}: the checkpoint is torn, {reason}")
+    others = [name for name in _files(path) if name not in digests and name != MANIFEST]
+    if others:
+        raise ValueError(
+            f"--resume {path}: {', '.join(others)} was not written with the checkpoint; move it "
+            "elsewhere"
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_file() and not p.name.startswith("."))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _write_model(

@@ -145,7 +145,6 @@ def _start_folder(
     checkpoint: Checkpoint | None,
 ) -> None:
     def start() -> None:
-        recover_folders(run)
         if checkpoint is not None and checkpoint.path.parent == run.checkpoints:
             delete_old_checkpoints(run, checkpoint.step, config.monitor.keep_last_k)
         if not run.config.exists():
@@ -170,12 +169,12 @@ def _run_stage(
         then = checkpoint.progress["tokens_per_step"]
         saved = read_config(checkpoint.path / MANIFEST, checkpoint.config)
         check_same_run(saved, config, (then, now))
+    if accelerator.is_main_process:
+        recover_folders(run)
     finished = _finished(run)
     step = None if checkpoint is None else checkpoint.step
     check_alike(accelerator, f"--output-dir {config.output_dir}", (step, finished))
     if finished is not None:
-        if accelerator.is_main_process:
-            recover_folders(run)
         logger.info("%s is %s: nothing to do", run.root, finished.status)
         return finished, 0
     model = stage.make_model(data) if checkpoint is None else load_trained_model(checkpoint.path)

@@ -72,7 +72,7 @@ class FrozenStates:
 def _read(path: Path) -> Tensor:
     try:
         return torch.from_numpy(np.load(path, allow_pickle=False))
-    except (ValueError, EOFError, TypeError) as error:
+    except (OSError, ValueError, EOFError, TypeError) as error:
         raise RunError(f"{path}: damaged ({error}); delete it, it will be made again") from error
 
 

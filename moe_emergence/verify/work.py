@@ -27,6 +27,7 @@ from moe_emergence.certificate import (
     summary_lines,
 )
 from moe_emergence.device import find_device
+from moe_emergence.disk import clear_unfinished
 from moe_emergence.moe.dispatch import Dispatcher, get_dispatcher
 from moe_emergence.progress import progress_bar
 from moe_emergence.run_folder import write_json
@@ -100,10 +101,8 @@ class _Writer:
         self.rows: list[Row] = []
         self.written = -math.inf
         if config.json is not None:
-            # of a process that was killed while it wrote
             path = Path(config.json)
-            for unfinished in path.parent.glob(f".{path.name}.*.tmp"):
-                unfinished.unlink(missing_ok=True)
+            clear_unfinished(path.parent, only=path.name)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Take these rows; what they say so far is unfinished."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHANGES, READS = 1, 2
+NOT_MOUNTED = 77
 ONCE, FROM_THEN_ON, SHORT = 0, 1, 2
 """The n-th call fails; it and all that follow; a write takes half of its bytes."""
 
@@ -66,6 +67,7 @@ class Disk:
     def __enter__(self) -> "Disk":
         environment = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(sys.path),
             "LD_PRELOAD": str(self.shim),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
@@ -82,8 +84,12 @@ class Disk:
         self._server.stdin.close()  # type: ignore[union-attr]
         self._server.wait()
 
-    def run(self, argv: list[str], below: Path, fault: Fault | None = None) -> Ended:
-        """`python -m ARGV...`, with the fault on files below the folder `below`."""
+    def run(self, argv: list[str], below: Path, fault: Fault | None = None, size: int = 0) -> Ended:
+        """`python -m ARGV...`, with the fault on files below the folder `below`.
+
+        With a `size` that folder is a file system of its own, of so many bytes; the exit code is
+        `NOT_MOUNTED` where that may not be.
+        """
         fault = fault or Fault()
         trace = self.scratch / "trace.txt"
         trace.unlink(missing_ok=True)
@@ -93,6 +99,7 @@ class Disk:
             "where": str(self.scratch),
             "stdout": str(out),
             "stderr": str(err),
+            "bytes": size,
             "fault": {**vars(fault), "below": str(below), "trace": str(trace)},
         }
         self._server.stdin.write(json.dumps(task) + "\n")  # type: ignore[union-attr]

@@ -16,6 +16,7 @@ from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.routing_record import RoutingRecord, save_routing
 from moe_emergence.data.prepared import PreparedData, save_prepared
 from moe_emergence.data.tokenizer import train_bpe
+from moe_emergence.disk import clear_unfinished, whole_folder
 from moe_emergence.errors import RunError, exit_code
 from moe_emergence.experiments import execute as executing
 from moe_emergence.experiments.execute import Execution, execute
@@ -27,11 +28,14 @@ from moe_emergence.experiments.worker import delete_models
 from moe_emergence.integrations.callback import MoERoutingCallback
 from moe_emergence.moe.tuning import TuningEntry, TuningKey, TuningTable, save_table
 from moe_emergence.run_folder import RunFolder
+from moe_emergence.training.checkpoint import recover_folders
 
 
 def tuning(folder: Path) -> None:
     key = TuningKey("float32", 16, 64, 4, 1, "gelu", 16)
-    save_table(TuningTable({key: TuningEntry("fused", "", {"fused": 1.0})}), folder / "a/t.json")
+    save_table(
+        TuningTable({key: TuningEntry("fused", "", {"fused": 1.0})}), folder / "cache/t.json"
+    )
 
 
 def prepared(folder: Path) -> None:
@@ -45,6 +49,7 @@ def routing(folder: Path) -> None:
     layers, domains = np.array([1], np.int16), np.zeros(2, np.int8)
     experts = np.zeros((1, 2, 8, 1), np.int16)
     record = RoutingRecord(ids, domains, layers, experts, experts.astype(np.float16))
+    recover_folders(RunFolder(folder / "run"))
     save_routing(record, folder / "run" / "routing.npz")
 
 
@@ -61,6 +66,7 @@ def suite(folder: Path) -> None:
     script.write_text(STAND_IN, encoding="utf-8")
     for suffix in (".fail", ".hang"):
         script.with_suffix(suffix).write_text("")
+    clear_unfinished(folder / "suite" / "plans")
     runs = plan_runs(load_suite(str(TINY)), folder / "suite")[:2]
     executing._POLL_SECONDS = 0.02
     done = execute(runs, Execution(folder / "suite", command=(sys.executable, "-S", str(script))))
@@ -82,6 +88,7 @@ def suite_report(folder: Path) -> None:
 
 def tidied(folder: Path) -> None:
     run = RunFolder(folder / "run")
+    recover_folders(run)
     for path in (run.checkpoint(3), run.best_model, run.final_model):
         path.mkdir(parents=True, exist_ok=True)
         (path / "weights").write_bytes(b"some")
@@ -96,9 +103,15 @@ def gallery(folder: Path) -> None:
     write_gallery(analysis, folder / "docs" / "gallery.md")
 
 
+def nested(folder: Path) -> None:
+    with whole_folder(folder / "new") as new:
+        (new / "below").mkdir()
+        (new / "below" / "file").write_text("text")
+
+
 WRITERS: dict[str, Callable[[Path], None]] = {
     one.__name__: one
-    for one in (tuning, prepared, routing, callback, suite, suite_report, tidied, gallery)
+    for one in (tuning, prepared, routing, callback, suite, suite_report, tidied, gallery, nested)
 }
 
 
