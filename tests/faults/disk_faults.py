@@ -95,8 +95,10 @@ class Trial:
             assert str(self.scratch) in lines[-1], shown
             assert sum(line.startswith("error: ") for line in lines) == 1, shown
         left = unfinished(self.below)
-        # where the disk lets nothing be removed, or no name be put back
-        refuses = fault.error in (errno.EROFS, errno.EIO) or calls[fault.n - 1].name == "rename"
+        # where the disk lets nothing be removed, no name be put back, or does not say that the
+        # new name is there to stay: then the old folder is kept
+        kept = calls[fault.n - 1].name in ("rename", "fsync")
+        refuses = fault.error in (errno.EROFS, errno.EIO) or kept
         assert not left or (ended.code and refuses), f"left {left}: {shown}"
         for folder in self.below.rglob("step-*"):
             if folder.is_dir() and not any(p.name.startswith(".") for p in folder.parents):
