@@ -99,8 +99,8 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
     for file in ("a.png", "a.svg"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     assert {path.name for path in (tmp_path / "one").iterdir()} == {"a.png", "a.svg"}
-    with pytest.raises(RunError, match="nowhere"):
-        save(figure, tmp_path / "nowhere" / "a.png")
+    with pytest.raises(RunError, match=r"one/a\.png"):  # a file, and no folder
+        save(figure, tmp_path / "one" / "a.png" / "b.png")
 
 
 def test_a_full_disk_keeps_the_figure_that_was_there(

@@ -196,7 +196,7 @@ def _animate(table: pd.DataFrame, path: Path) -> None:
     for step in steps:
         draw(step)
         canvas.draw()
-        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())))
+        frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
     with whole_file(path) as new:
         frames[0].save(
             new, "GIF", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0
