@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from moe_emergence.config import DataConfig, TokenClass
 from moe_emergence.config.data import check_domain_names, token_classes
@@ -66,7 +66,8 @@ def save_prepared(data: PreparedData, folder: Path) -> None:
         data.tokenizer.save_pretrained(new)
     # the last, as it makes the folder one of prepared data
     with whole_file(folder / BLOCKS) as new:
-        save_file(blocks, new)
+        # as bytes: `save_file` would put a file of its own beside it first
+        new.write_bytes(save(blocks))
 
 
 def load_prepared(config: DataConfig, seed: int) -> PreparedData:

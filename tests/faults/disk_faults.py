@@ -151,8 +151,8 @@ def same_tables(one: Path, other: Path) -> None:
 
 def same_files(one: Path, other: Path) -> None:
     def files(folder: Path) -> dict[str, Path]:
-        found = (p for p in folder.rglob("*") if p.is_file() and p.suffix not in (".txt", ".bin"))
-        return {p.relative_to(folder).as_posix(): p for p in found}
+        found = (p for p in folder.rglob("[!.]*") if p.suffix not in (".txt", ".bin"))
+        return {p.relative_to(folder).as_posix(): p for p in found if p.is_file()}
 
     a, b = files(one), files(other)
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
@@ -206,8 +206,18 @@ def make_scenarios(scratch: Path) -> dict[str, Scenario]:
         def write(below: Path, name: str = name) -> list[str]:
             return ["small_writers", name, str(below)]
 
-        found.append(Scenario(name, write, write, same_files))
+        before = untidy(scratch / "untidy") if name == "tidied" else None
+        found.append(Scenario(name, write, write, same_files, before))
     return {scenario.name: scenario for scenario in found}
+
+
+def untidy(folder: Path) -> Path:
+    """A run with what a suite deletes."""
+    run = RunFolder(folder / "run")
+    for path in (run.checkpoints, run.best_model, run.final_model):
+        path.mkdir(parents=True)
+        (path / "weights").write_bytes(b"some")
+    return folder
 
 
 def write_texts(folder: Path) -> None:
