@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from moe_emergence.disk import write_text
+
 SCHEMA = 1
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "liger-kernel", "megablocks", "scattermoe")
 RANKED = ("passed", "floor")
@@ -109,10 +111,7 @@ def describe_environment(device: str) -> dict[str, Any]:
 def write_document(path: Path, document: Document) -> None:
     """Write JSON such that a reader, or a run cut short, always finds a whole file."""
     content = {"environment": document.environment, "rows": [asdict(row) for row in document.rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_document(path: Path) -> Document:

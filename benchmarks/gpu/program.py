@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emergence_kernels.processes import warm_processes
+from moe_emergence.disk import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -79,9 +80,7 @@ class Journal:
     def write(self) -> None:
         """Such that a reader always finds a whole file."""
         content = {"environment": self.environment, "stages": self.stages}
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_text(self.path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def read_journal(path: Path) -> Fields:
