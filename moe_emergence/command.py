@@ -12,7 +12,7 @@ import tyro
 
 from moe_emergence.flags import spelled_out
 from moe_emergence.progress import progress_bar
-from moe_emergence.settings import SettingError, check_plain, shortened
+from moe_emergence.settings import LONGEST_SHOWN, SettingError, check_plain, shortened
 from moe_emergence.words import READERS
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def parse(cls: type[T], argv: Sequence[str], prog: str, default: T | None = None
     except SystemExit as stop:
         if stop.code:
             message = _refused(stop) or _first_message(hidden.getvalue())
-            raise ValueError(f"{shortened(message)} (see {prog} --help)") from None
+            raise ValueError(f"{shortened(message, LONGEST_SHOWN)} (see {prog} --help)") from None
         raise
     except ValueError as error:
         raise ValueError(f"{error} (see {prog} --help)") from None

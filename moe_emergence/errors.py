@@ -6,6 +6,10 @@ from collections.abc import Callable
 
 from moe_emergence.interrupt import SIGNALS, Interrupted, interrupted_code
 from moe_emergence.printable import printable
+from moe_emergence.settings import shortened
+
+LONGEST_LINE = 1400
+"""Characters of an error; what was given may have been a book."""
 
 
 class RunError(RuntimeError):
@@ -69,7 +73,8 @@ def _debugs(argv: list[str]) -> bool:
 
 
 def _fail(message: str, code: int) -> int:
+    line = shortened(printable(" ".join(message.split())), LONGEST_LINE)
     # the terminal may be gone
     with contextlib.suppress(OSError):
-        sys.stderr.write(f"error: {printable(' '.join(message.split()))}\n")
+        sys.stderr.write(f"error: {line}\n")
     return code

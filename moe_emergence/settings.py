@@ -34,15 +34,15 @@ def check(condition: bool, flag: str, given: object, change: str) -> None:
         raise SettingError(f"{flag} {_shown(given)}: {change}")
 
 
-def shortened(text: str) -> str:
-    """The text, or its beginning and its end."""
-    half = LONGEST_SHOWN // 2
-    return text if len(text) <= LONGEST_SHOWN else f"{text[:half]} ... {text[-half:]}"
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and its end, of some `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def _shown(given: object) -> str:
     """What was given as a few printable characters."""
-    text = shortened(str(given))
+    text = shortened(str(given), LONGEST_SHOWN)
     return text if text.isprintable() else ascii(text)
 
 
@@ -117,11 +117,18 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
             kwargs[name] = from_dict(hint, value)
             continue
-        given = tuple(value) if isinstance(value, list) else value
-        fits = _fits(given, hint)
-        check(fits, "--" + name.replace("_", "-"), repr(value), f"give {_kind(hint)}")
-        kwargs[name] = given
+        kwargs[name] = tuple(value) if isinstance(value, list) else value
+    check_types(cls, kwargs)
     return cls(**kwargs)
+
+
+def check_types(cls: type[Any], values: Mapping[str, Any]) -> None:
+    """Refuse values for fields of `cls` that are of other types than those have."""
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        fits = name in hints and _fits(value, hints[name])
+        wanted = _kind(hints[name]) if name in hints else "something that there is"
+        check(fits, "--" + name.replace("_", "-"), repr(value), f"give {wanted}")
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -133,6 +140,8 @@ def _fits(value: object, hint: Any) -> bool:
         return any(_fits(value, one) for one in inner)
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(one, inner[0]) for one in value)
+    if origin is not None:
+        return isinstance(value, origin)
     if isinstance(value, bool) or hint is bool:
         return isinstance(value, bool) and hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
@@ -146,7 +155,7 @@ def _kind(hint: Any) -> str:
         return " or ".join(map(_kind, inner))
     if origin is tuple:
         return f"a list, each {_kind(inner[0])}"
-    return _KINDS[hint]
+    return _KINDS.get(hint, "a table")
 
 
 def _has_default(field: "dataclasses.Field[Any]") -> bool:

@@ -69,7 +69,10 @@ def made_by(source: Source) -> str | None:
     """The command that the run was started with, where it says."""
     if source.run is None or not source.run.environment.is_file():
         return None
-    program, *flags = read_json(source.run.environment).get("command") or [""]
+    words = read_json(source.run.environment).get("command") or [""]
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{source.run.environment}: command is no list of words; delete the file")
+    program, *flags = words
     if not program:
         return None
     name = Path(program).stem.replace("-", "_")

@@ -45,6 +45,12 @@ def checked(tokenizer: Any, name: str) -> "PreTrainedTokenizerFast":
         raise ValueError(f"--tokenizer {name}: it has no vocabulary; {change}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"--tokenizer {name}: it has no end-of-text (eos) token; {change}")
+    try:
+        tokenizer(["a"], add_special_tokens=False)
+    except Exception as error:  # every setting that is wrong fails in its own way
+        raise ValueError(
+            f"--tokenizer {name}: it cannot encode a text ({reason(error)}); {change}"
+        ) from error
     return tokenizer
 
 

@@ -8,8 +8,11 @@ import pandas as pd
 
 from moe_emergence.config.data import ALL
 from moe_emergence.csv_cells import read_csv
+from moe_emergence.data.manifest import entry
 from moe_emergence.experiments.description import BASE, SuiteFolder
 from moe_emergence.run_folder import RunFolder, losses_by_domain, read_json, read_metrics
+from moe_emergence.settings import from_dict
+from moe_emergence.training.trainer import RunSummary
 
 _FRACTION = re.compile(r"router/layer_(\d+)_expert_(\d+)_frac")
 _CHURN = re.compile(r"eval/layer_(\d+)_churn")
@@ -106,9 +109,10 @@ def collect(suite: SuiteFolder) -> Records:
                 if run.modules.exists():
                     table = read_csv(run.modules)
                     modules.append(table.assign(variant=variant, seed=seed))
-            except (ValueError, KeyError, OSError) as error:
+            except (ValueError, KeyError, TypeError, OSError) as error:
                 row |= {"status": "unreadable", "problem": str(error)}
-            row["max_steps"] = configs.get(key, {}).get("optim", {}).get("max_steps")
+            steps = entry(configs.get(key, {}), ("optim", "max_steps"))
+            row["max_steps"] = steps if isinstance(steps, int) else None
     return Records(
         suite,
         pd.DataFrame(runs, columns=list(RUN_COLUMNS)),
@@ -129,9 +133,8 @@ def _summary(run: RunFolder) -> dict[str, Any]:
         return {"status": "missing", "problem": "no run folder"}
     if not run.summary.exists():
         return {"status": "unfinished", "problem": "no run_summary.json"}
-    values = read_json(run.summary)
-    wanted = ("status", "final_step", "tokens_per_sec", "wall_seconds")
-    return {name: values[name] for name in wanted}
+    summary = vars(from_dict(RunSummary, read_json(run.summary)))
+    return {name: value for name, value in summary.items() if name != "best_eval_lm_loss"}
 
 
 def _sort_row(

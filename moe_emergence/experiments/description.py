@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_emergence.run_folder import RunFolder, read_json
-from moe_emergence.settings import check_known
+from moe_emergence.settings import check, check_known, check_types
 
 MARGIN = 0.01
 """Nats per token below which a loss difference is taken to be none: 1% in perplexity."""
@@ -94,7 +94,13 @@ def read_suite(root: Path) -> SuiteFolder:
             tuple(_comparisons(values)),
             values.get("command") or f"python -m moe_emergence.suite run {values['name']}",
         )
-    except (KeyError, TypeError, AttributeError) as error:
+        check_types(SuiteFolder, {n: getattr(suite, n) for n in ("name", "question", "seeds")})
+        for one in (*suite.variants, *suite.comparisons):
+            check_types(type(one), vars(one))
+        for variant in variants:
+            plain = variant.name.replace("-", "").isalnum()
+            check(plain, "name", repr(variant.name), "give a plain name")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not the description of a suite ({error!r})") from error
     known = {variant.name for variant in variants}
     for comparison in suite.comparisons:

@@ -8,10 +8,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from moe_emergence.experiments.description import BASE, Comparison
-from moe_emergence.settings import did_you_mean
+from moe_emergence.settings import check_types, did_you_mean
+
+T = TypeVar("T")
 
 SUITES = Path(__file__).parent / "suites"
 
@@ -71,11 +73,11 @@ def load_suite(name: str) -> Suite:
         )
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not TOML ({error})") from error
     try:
         suite = _suite(path.stem, values)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: not a suite ({error}); see {SUITES / 'demo.toml'}") from error
     _check(suite, path)
     return suite
@@ -83,8 +85,8 @@ def load_suite(name: str) -> Suite:
 
 def _suite(name: str, values: dict[str, Any]) -> Suite:
     base = values.pop("base", None)
-    variants = tuple(SuiteVariant(**entry) for entry in values.pop("variants"))
-    added = tuple(Comparison(**entry) for entry in values.pop("comparisons", ()))
+    variants = tuple(_typed(SuiteVariant, entry) for entry in values.pop("variants"))
+    added = tuple(_typed(Comparison, entry) for entry in values.pop("comparisons", ()))
     own = tuple(
         Comparison(v.name, v.compare_with, v.question)
         for v in variants
@@ -103,7 +105,14 @@ def _suite(name: str, values: dict[str, Any]) -> Suite:
     )
     if values:
         raise KeyError(f"unknown {', '.join(sorted(values))}")
+    plain = ("question", "preset", "seeds", "changes", "base", "test_modules")
+    check_types(Suite, {name: getattr(suite, name) for name in plain})
     return suite
+
+
+def _typed(cls: type[T], entry: dict[str, Any]) -> T:
+    check_types(cls, entry)
+    return cls(**entry)
 
 
 def _check(suite: Suite, path: Path) -> None:

@@ -10,8 +10,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from moe_emergence.analysis.steering import steered
 from moe_emergence.analysis.token_routing import print_routing
 from moe_emergence.begin import begin
+from moe_emergence.dependencies import raised_in
 from moe_emergence.device import find_device
 from moe_emergence.generate import GenerateConfig
+from moe_emergence.hub_access import reason
 from moe_emergence.models import MixtureModel, upcycle
 from moe_emergence.models.loading import LanguageModel, load_trained_model
 from moe_emergence.moe.dispatch import get_dispatcher
@@ -50,10 +52,11 @@ def load(config: GenerateConfig) -> tuple[LanguageModel, PreTrainedTokenizerBase
         if not Path(place).is_dir():
             raise FileNotFoundError("there is no such folder")
         tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError) as error:
+        tokenizer("a")
+    except Exception as error:  # a damaged file fails in as many ways as there are fields in it
         raise ValueError(
-            f"--tokenizer {place}: no tokenizer could be loaded ({str(error).splitlines()[0]}); "
-            f"give a folder with one"
+            f"--tokenizer {place}: no tokenizer could be loaded ({reason(error)}); give a folder "
+            "with one"
         ) from error
     check(
         len(tokenizer) <= model.config.vocab_size,
@@ -110,11 +113,19 @@ def generate(
             "top_k": config.sample_top_k,
             "top_p": config.sample_top_p,
         }
-    ids = cast(Any, model).generate(
-        **prompt,
-        max_new_tokens=min(config.max_new_tokens, room),
-        do_sample=config.temperature > 0,
-        pad_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
+    try:
+        ids = cast(Any, model).generate(
+            **prompt,
+            max_new_tokens=min(config.max_new_tokens, room),
+            do_sample=config.temperature > 0,
+            pad_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
+    except (TypeError, ValueError, AttributeError) as error:
+        if raised_in(error) is None:
+            raise
+        raise ValueError(
+            f"--checkpoint {config.checkpoint}: its config.json or generation_config.json cannot "
+            f"be used to generate ({reason(error)}); mend it, or save the model again"
+        ) from error
     return cast(torch.Tensor, ids)

@@ -144,20 +144,13 @@ def _check_types(path: Path, manifest: dict[str, Any]) -> None:
     """Refuse a manifest with values of other types than `save_checkpoint` writes."""
     progress = manifest["progress"]
     values = {**progress, **manifest} if isinstance(progress, dict) else manifest
-    number = (int, float)
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "step": int,
-        "progress": dict,
-        "config": dict,
-        "data_manifest": dict,
-        "files": dict,
-        "best_eval_lm_loss": (*number, type(None)),
-        "collapse_streaks": dict,
-        "train_seconds": number,
-        "wall_seconds": number,
-        "tokens_per_step": int,
-    }
-    for name, types in kinds.items():
+    expected: dict[str, tuple[type, ...]] = {
+        "step": (int,), "progress": (dict,), "config": (dict,), "data_manifest": (dict,),
+        "files": (dict,), "best_eval_lm_loss": (int, float, type(None)),
+        "collapse_streaks": (dict,), "train_seconds": (int, float), "wall_seconds": (int, float),
+        "tokens_per_step": (int,),
+    }  # fmt: skip
+    for name, types in expected.items():
         if name not in values or not isinstance(values[name], types):
             raise ValueError(
                 f"--resume {path}: the checkpoint is torn, {name} in {MANIFEST} is not what is "
