@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import tyro
 
 from moe_emergence.flags import spelled_out
+from moe_emergence.printable import shortened
 from moe_emergence.progress import progress_bar
-from moe_emergence.settings import LONGEST_SHOWN, SettingError, check_plain, shortened
+from moe_emergence.settings import LONGEST_SHOWN, SettingError, check_plain
 from moe_emergence.words import READERS
 
 T = TypeVar("T")

@@ -5,8 +5,7 @@ import sys
 from collections.abc import Callable
 
 from moe_emergence.interrupt import SIGNALS, Interrupted, interrupted_code
-from moe_emergence.printable import printable
-from moe_emergence.settings import shortened
+from moe_emergence.printable import printable, shortened
 
 LONGEST_LINE = 1400
 """Characters of an error; what was given may have been a book."""

@@ -1,10 +1,8 @@
-"""Text of others where a terminal or a reader of Markdown would obey it."""
+"""Text of others where a terminal or a reader of Markdown would obey it, or drown in it."""
 
 import re
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-
-
 _TAG = re.compile(r"<(?=[A-Za-z/!?])")
 
 
@@ -27,3 +25,9 @@ def _picture(found: re.Match[str]) -> str:
     if code == 0x7F:
         return "\u2421"
     return chr(0x2400 + code) if code < 0x20 else "\ufffd"
+
+
+def shortened(text: str, most: int) -> str:
+    """The text, or its beginning and its end, of some `most` characters."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"

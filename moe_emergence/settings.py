@@ -9,6 +9,8 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
+from moe_emergence.printable import shortened
+
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
@@ -32,12 +34,6 @@ def check(condition: bool, flag: str, given: object, change: str) -> None:
     """Raise the error every bad setting raises: the flag, what was given, what to change."""
     if not condition:
         raise SettingError(f"{flag} {_shown(given)}: {change}")
-
-
-def shortened(text: str, most: int) -> str:
-    """The text, or its beginning and its end, of some `most` characters."""
-    half = most // 2
-    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 def _shown(given: object) -> str:
