@@ -101,6 +101,7 @@ def gallery(folder: Path) -> None:
 
 
 def nested(folder: Path) -> None:
+    clear_unfinished(folder)
     with whole_folder(folder / "new") as new:
         (new / "below").mkdir()
         (new / "below" / "file").write_text("text")

@@ -4,7 +4,6 @@ And the order of calls on a disk that is well: what is named is on the disk befo
 """
 
 import errno
-import os
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -135,18 +134,27 @@ def test_a_full_disk_that_is_one(tried: tuple[Trial, dict[str, Scenario]]) -> No
     assert "Traceback" not in ended.stderr
 
 
+def fail_halfway(place: Path, error: BaseException) -> None:
+    place.write_text("half")
+    raise error
+
+
 def test_a_failure_of_something_else_keeps_its_kind(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), whole_file(tmp_path / "a"):
-        raise KeyError("b")
-    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a"):
-        raise KeyboardInterrupt
+    with pytest.raises(KeyError), whole_file(tmp_path / "a") as new:
+        fail_halfway(new, KeyError("b"))
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a") as new:
+        fail_halfway(new / "b", KeyboardInterrupt())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_was_there_outlasts_a_failure(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
     write_text(tmp_path / "a", "one")
-    with pytest.raises(RunError, match=r"cannot write .*a: No space"), whole_file(tmp_path / "a"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with (
+        pytest.raises(RunError, match=r"cannot write .*a: No space"),
+        whole_file(tmp_path / "a") as new,
+    ):
+        fail_halfway(new, full)
     assert (tmp_path / "a").read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
