@@ -16,7 +16,7 @@ from moe_emergence.analysis.gallery import write_gallery
 from moe_emergence.analysis.routing_record import RoutingRecord, save_routing
 from moe_emergence.data.prepared import PreparedData, save_prepared
 from moe_emergence.data.tokenizer import train_bpe
-from moe_emergence.disk import clear_unfinished, whole_folder
+from moe_emergence.disk import clear_unfinished, remove_folder, whole_folder
 from moe_emergence.errors import RunError, exit_code
 from moe_emergence.experiments import execute as executing
 from moe_emergence.experiments.execute import Execution, execute
@@ -24,7 +24,6 @@ from moe_emergence.experiments.plan import plan_runs
 from moe_emergence.experiments.report import build_report
 from moe_emergence.experiments.specialisation import Resampling
 from moe_emergence.experiments.suite_file import load_suite
-from moe_emergence.experiments.worker import delete_models
 from moe_emergence.integrations.callback import MoERoutingCallback
 from moe_emergence.moe.tuning import TuningEntry, TuningKey, TuningTable, save_table
 from moe_emergence.run_folder import RunFolder
@@ -69,7 +68,9 @@ def suite(folder: Path) -> None:
     clear_unfinished(folder / "suite" / "plans")
     runs = plan_runs(load_suite(str(TINY)), folder / "suite")[:2]
     executing._POLL_SECONDS = 0.02
-    done = execute(runs, Execution(folder / "suite", command=(sys.executable, "-S", str(script))))
+    done, _ = execute(
+        runs, Execution(folder / "suite", command=(sys.executable, "-S", str(script)))
+    )
     if {state.state for state in done} != {"complete"}:
         raise RunError(f"{folder}: {[(state.state, state.note) for state in done]}")
 
@@ -89,7 +90,8 @@ def suite_report(folder: Path) -> None:
 def tidied(folder: Path) -> None:
     run = RunFolder(folder / "run")
     recover_folders(run)
-    delete_models(run, "none")
+    for path in filter(Path.is_dir, (run.checkpoints, run.best_model, run.final_model)):
+        remove_folder(path)
 
 
 def gallery(folder: Path) -> None:

@@ -18,13 +18,14 @@ from mutated import changed, command_lines, is_sentence, often
 from warm_commands import WarmCommand
 
 from moe_emergence.analysis.settings import AnalyzeConfig
-from moe_emergence.command import parse, run
+from moe_emergence.command import parse
 from moe_emergence.config import RunConfig
+from moe_emergence.entry import run
 from moe_emergence.generate import GenerateConfig
 from moe_emergence.presets import PRESETS, get_preset
 from moe_emergence.settings import from_dict, to_dict
-from moe_emergence.suite import options_of
 from moe_emergence.suite.options import PlanOptions, ReportOptions, RunOptions
+from moe_emergence.suite.verbs import options_of
 from moe_emergence.verify import VerifyConfig
 
 NEEDED = {AnalyzeConfig: ["runs/x"], GenerateConfig: ["--checkpoint", "x", "--prompt", "y"]}
