@@ -306,7 +306,9 @@ def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
     return sorted(lines) + [f"{name} differs" for name in both if expected[name] != found[name]]
 
 
-_TIMES = frozenset({"tokens_per_sec", "wall_seconds", "train_seconds", "created", "files"})
+_TIMES = frozenset(
+    {"tokens_per_sec", "wall_seconds", "train_seconds", "created", "files", "sha256"}
+)
 
 
 def contents(folder: Path) -> dict[str, Any]:

@@ -87,8 +87,8 @@ class Probe:
         os.pwrite(self._handle, self.phase.ljust(_WIDTH).encode(), 0)
 
     def _on_event(self, event: str, arguments: tuple[Any, ...]) -> None:
-        is_open = event == "open" and isinstance(arguments[0], str | bytes | os.PathLike)
-        if not is_open and event not in _OPERATIONS:
+        by_name = bool(arguments) and isinstance(arguments[0], str | bytes | os.PathLike)
+        if not by_name or event not in ("open", *_OPERATIONS):
             return
         path = os.path.abspath(os.fsdecode(arguments[0]))
         if path.startswith(self._inside):

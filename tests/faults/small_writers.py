@@ -63,7 +63,7 @@ def suite(folder: Path) -> None:
     """Plans, logs and states; what the runs write themselves is not on this disk."""
     script = folder.parent / "worker.py"
     script.write_text(STAND_IN, encoding="utf-8")
-    for suffix in (".fail", ".hang"):
+    for suffix in (".fail", ".hang", ".deaf"):
         script.with_suffix(suffix).write_text("")
     clear_unfinished(folder / "suite" / "plans")
     runs = plan_runs(load_suite(str(TINY)), folder / "suite")[:2]

@@ -21,7 +21,7 @@ from moe_emergence.training.checkpoint import load_checkpoint
 from moe_emergence.training.experiment import run_experiment
 
 FILES = (
-    *("checkpoint.json", "config.json", "generation_config.json", "model.safetensors"),
+    *("README.md", "checkpoint.json", "config.json", "generation_config.json", "model.safetensors"),
     *("tokenizer.json", "tokenizer_config.json", "trainer.pt"),
 )
 
