@@ -278,7 +278,9 @@ def main(argv: Sequence[str]) -> int:
                         result, failure = "WRONG", f"{type(error).__name__}: {error}"
                         sys.stderr.write(failure + "\n")
                     results[result] += 1
-                    rows.append({"scenario": name, "disk": disk, "n": n, "result": result,
+                    call = trial.undisturbed(scenario, fault.kinds).calls[n - 1]
+                    rows.append({"scenario": name, "disk": disk, "n": n, "call": call.name,
+                                 "file": call.path.name, "result": result,
                                  "failure": failure})  # fmt: skip
                 print(f"| {name} | {disk} | {len(numbers)} | {dict(results)} |", flush=True)
                 if options.json:
