@@ -193,7 +193,8 @@ def clear_unfinished(folder: Path, idle_seconds: float = 0.0, only: str | None =
         name = _UNFINISHED.fullmatch(path.name)
         if name is None or only not in (None, name[1]):
             continue
-        with named(path, "remove"):
+        # another process may finish what it writes, or clear it away too
+        with named(path, "remove"), contextlib.suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime < idle_seconds:
                 continue
             target = path.with_name(name[1])

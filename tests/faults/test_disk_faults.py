@@ -170,6 +170,13 @@ def test_only_what_is_unfinished_and_idle_is_cleared(tmp_path: Path) -> None:
     assert left == [".c.12.tmp.kept", ".hidden", "b", "d.12.tmp"]
 
 
+def test_what_another_process_has_finished_by_now_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / ".a.12.tmp").symlink_to("nowhere")  # seen in the folder, and not there
+    (tmp_path / ".b.12.tmp").write_text("half")
+    clear_unfinished(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [".a.12.tmp"]
+
+
 def test_appending_makes_the_folder(tmp_path: Path) -> None:
     append(tmp_path / "a" / "b.jsonl", b"one\n")
     append(tmp_path / "a" / "b.jsonl", b"two\n")
