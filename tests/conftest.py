@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import is_dataclass, replace
 from pathlib import Path
 
@@ -43,6 +43,16 @@ settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 settings.register_profile("long", settings.get_profile("tests"), print_blob=True)
 """What the tests in faults/ take for more examples, see `mutated.often`."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Reports travel between processes as UTF-8, and names of files need not be."""
+    report = yield
+    report.sections = [
+        (name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections
+    ]
+    return report
 
 
 def pytest_configure() -> None:
