@@ -54,7 +54,7 @@ def default_plan(dtype: torch.dtype, device: torch.device) -> BatchPlan:
     On a CPU a product in 16 bits starts slowly, and a batch should stay in the second-level caches.
     """
     if device.type == "cpu":
-        cost = 9e6 if dtype.itemsize == 2 else 0.0
+        cost = 9e6 if dtype.itemsize == 2 else 1e6
         return BatchPlan(cost, 128 * 1024 * torch.get_num_threads())
     return BatchPlan(1e9, 64 * 1024 * 1024)
 
