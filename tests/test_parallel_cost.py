@@ -38,6 +38,7 @@ from moe_emergence.experiments.parallel_plan import (
 )
 from moe_emergence.experiments.variants import with_changes
 from moe_emergence.presets import demo, get_preset
+from moe_emergence.suite.options import RunOptions
 
 H200_STEPS = REPOSITORY / "docs" / "results" / "h200" / "third.json"
 SMALL = ModelShape(
@@ -450,5 +451,5 @@ def test_wrong_flags_are_one_line(flags: str, message: str) -> None:
 
 
 def test_running_a_suite_has_no_flags_of_predictions() -> None:
-    fields = {field.name for field in dataclasses.fields(command.RunOptions)}
+    fields = {field.name for field in dataclasses.fields(RunOptions)}
     assert not fields & {"gpus", "ep", "gpus_per_node"}
